@@ -1,0 +1,36 @@
+"""Attach speculative-decoding drafts to a base model, train them, and export them for inference engines.
+
+The public names are loaded when they are first used, so that ``mcore-spec --help`` imports no torch.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from types import MappingProxyType
+from typing import Any
+
+_PUBLIC = MappingProxyType(
+    {
+        "EAGLE1_DEFAULT_CFG": "mcore_spec.config",
+        "EAGLE3_DEFAULT_CFG": "mcore_spec.config",
+        "EAGLE_MTP_DEFAULT_CFG": "mcore_spec.config",
+        "CheckpointError": "mcore_spec.errors",
+        "ConfigError": "mcore_spec.errors",
+        "EagleConfig": "mcore_spec.config",
+        "MedusaConfig": "mcore_spec.config",
+        "UnsupportedError": "mcore_spec.errors",
+        "convert": "mcore_spec.convert",
+        "export_draft": "mcore_spec.export.draft",
+        "find_checkpoint": "mcore_spec.checkpoint.store",
+        "load_checkpoint": "mcore_spec.checkpoint.store",
+        "restore": "mcore_spec.checkpoint.store",
+        "save_checkpoint": "mcore_spec.checkpoint.store",
+    }
+)
+__all__ = list(_PUBLIC)  # noqa: PLE0605 - one owner for the names
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return pkgutil.resolve_name(f"{_PUBLIC[name]}:{name}")

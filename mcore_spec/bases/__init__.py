@@ -1,0 +1,1 @@
+"""What a draft is attached to."""

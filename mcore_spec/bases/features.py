@@ -1,0 +1,20 @@
+"""What a base hands a draft."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Features(NamedTuple):
+    """Hidden states of one forward pass of the base, without gradient, on the last pipeline stage.
+
+    Attributes:
+        aux: outputs of the aux layers in layer order, joined on the last dimension, [s or s/tp, b, n h];
+            ``None`` where none were asked for.
+        last: the last layer's output after the final norm, [s or s/tp, b, h].
+    """
+
+    aux: Tensor | None
+    last: Tensor

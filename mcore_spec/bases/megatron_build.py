@@ -1,0 +1,246 @@
+"""Building a `GPTModel` from a description, and describing a `GPTModel` that somebody else built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mcore_spec.bases.megatron_layers import (
+    BaseRotaryEmbedding,
+    local_block_spec,
+    transformer_engine_layer_spec,
+)
+from mcore_spec.config import BaseArchitecture, RopeConfig
+from mcore_spec.errors import ConfigError, UnsupportedError
+from mcore_spec.layers.mlp import ACTIVATIONS
+from mcore_spec.layers.rotary import rotary_frequencies
+from mcore_spec.parallel.collectives import group_rank, group_size
+from mcore_spec.parallel.layout import Layout, device, require_transformer_engine
+from mcore_spec.parallel.tensor_parallel import TensorParallel
+
+TransformerImpl = Literal["local", "transformer_engine"]
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@dataclass
+class BaseTransformerConfig(TransformerConfig):
+    """megatron-core's configuration and the three fields that its attention reads but does not declare.
+
+    The factor on cos and sin (YaRN and LongRoPE) reaches attention as
+    ``(0.1 m ln s + 1) / (0.1 a ln s + 1)``; with s = e, m = 10 (factor - 1) and a = 0 it is the factor.
+    """
+
+    yarn_rotary_scaling_factor: float = math.e
+    yarn_mscale: float = 0.0
+    yarn_mscale_all_dim: float = 0.0
+
+
+class BaseGPTModel(GPTModel):
+    """A `GPTModel` that remembers its description; weight names and forward are megatron-core's."""
+
+    architecture: BaseArchitecture
+
+
+def build_gpt_model(
+    architecture: BaseArchitecture, layout: Layout, *, transformer_impl: TransformerImpl = "local"
+) -> BaseGPTModel:
+    """This rank's part of the base, its weights allocated and not yet filled.
+
+    Args:
+        architecture: the base.
+        layout: must be the one that `parallel_runtime` was entered with.
+        transformer_impl: whose layers to use.
+
+    Raises:
+        ConfigError: heads, layers or widths that the layout does not divide.
+    """
+    check_layout(architecture, layout)
+    config = transformer_config(architecture, layout)
+    if transformer_impl == "transformer_engine":
+        require_transformer_engine()
+        spec: Any = transformer_engine_layer_spec(config)
+    else:
+        spec = local_block_spec(config)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    stage, num_stages = group_rank(groups.pp), group_size(groups.pp)
+    model = BaseGPTModel(
+        config,
+        spec,
+        vocab_size=TensorParallel(group=groups.tp).padded(architecture.vocab_size),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=stage == 0,
+        post_process=stage == num_stages - 1,
+        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope.theta,
+        pg_collection=groups,
+    )
+    model.rotary_pos_emb = BaseRotaryEmbedding(architecture.rope, architecture.head_dim)
+    model.architecture = architecture
+    return model.to(device())
+
+
+def check_layout(architecture: BaseArchitecture, layout: Layout) -> None:
+    """Refuse a layout that does not divide the base.
+
+    Raises:
+        ConfigError: names the size that does not divide.
+    """
+    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        value = {
+            "num_attention_heads": architecture.num_attention_heads,
+            "num_key_value_heads": architecture.num_key_value_heads,
+            "intermediate_size": architecture.intermediate_size,
+        }[field]
+        if value % layout.tensor:
+            raise ConfigError(
+                f"tensor_model_parallel_size = {layout.tensor} does not divide the base's {field} = {value}; "
+                f"choose a size that divides it"
+            )
+    stages, last, layers = layout.pipeline, layout.last_stage_layers, architecture.num_layers
+    rest, rest_stages = (layers, stages) if last is None else (layers - last, stages - 1)
+    if last is not None and (stages == 1 or not 0 < last < layers):
+        raise ConfigError(
+            f"decoder_last_pipeline_num_layers = {last} needs pipeline_model_parallel_size > 1 and 0 < it < "
+            f"{layers}, the base's layers; got {stages} stages"
+        )
+    if rest % rest_stages or rest < rest_stages:
+        raise ConfigError(
+            f"pipeline_model_parallel_size = {stages} does not divide {rest} decoder layers over {rest_stages} "
+            "stages; choose another size, or give decoder_last_pipeline_num_layers"
+        )
+
+
+def transformer_config(architecture: BaseArchitecture, layout: Layout) -> BaseTransformerConfig:
+    """megatron-core's configuration of the base in this layout."""
+    dtype = DTYPES[architecture.dtype]
+    scaling = rotary_frequencies(architecture.rope, architecture.head_dim, beyond_original=False).attention_scaling
+    window = None if architecture.window_size is None else (architecture.window_size - 1, 0)
+    return BaseTransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.intermediate_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_key_value_heads,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=ACTIVATIONS[architecture.hidden_act],
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        window_size=window,
+        window_attn_skip_freq=[int(on) for on in architecture.windowed_layers] or None,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        sequence_parallel=layout.sequence_parallel,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
+        # Weights are read, not drawn: allocate on the host or device and leave them unset.
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # Fusions are CUDA extensions; the base runs forward only, in torch's own kernels.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        yarn_mscale=10 * (scaling - 1),
+    )
+
+
+def describe(model: GPTModel) -> BaseArchitecture:
+    """The description of a `GPTModel`, also of one that this package did not build.
+
+    Raises:
+        UnsupportedError: a part of the model that a draft's layers could not follow.
+    """
+    if isinstance(model, BaseGPTModel):
+        return model.architecture
+    config = model.config
+    _require(
+        model.position_embedding_type == "rope",
+        f"position_embedding_type = {model.position_embedding_type!r}",
+    )
+    _require(config.normalization == "RMSNorm", f"normalization = {config.normalization!r}")
+    _require(config.gated_linear_unit, "gated_linear_unit = False")
+    _require(not config.add_bias_linear, "add_bias_linear = True")
+    _require(model.rotary_percent == 1.0, f"rotary_percent = {model.rotary_percent}")
+    _require(not config.rotary_interleaved, "rotary_interleaved = True")
+    _require(not config.multi_latent_attention, "multi_latent_attention = True")
+    window = None if config.window_size is None else config.window_size[0] + 1
+    return BaseArchitecture(
+        family="megatron",
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_query_groups,
+        head_dim=config.kv_channels,
+        vocab_size=model.vocab_size,
+        max_position_embeddings=model.max_sequence_length,
+        rms_norm_eps=config.layernorm_epsilon,
+        hidden_act=_activation_name(config.activation_func),
+        tie_word_embeddings=model.share_embeddings_and_output_weights,
+        qkv_bias=config.add_qkv_bias,
+        qk_norm=config.qk_layernorm,
+        rope=_describe_rope(model),
+        window_size=window,
+        windowed_layers=tuple(bool(on) for on in config.window_attn_skip_freq or ()),
+        dtype=next(name for name, dtype in DTYPES.items() if dtype is config.params_dtype),
+    )
+
+
+def _require(condition: bool, found: str) -> None:
+    if not condition:
+        raise UnsupportedError(f"GPTModel with {found} cannot carry a draft: its layers could not follow the base")
+
+
+def _activation_name(function: Callable[[Tensor], Tensor]) -> Any:
+    for name, known in ACTIVATIONS.items():
+        if function is known:
+            return name
+    raise UnsupportedError(f"activation_func = {function} is not one of {', '.join(ACTIVATIONS)}")
+
+
+def _describe_rope(model: GPTModel) -> RopeConfig:
+    theta = float(model.rotary_base)
+    plain = RopeConfig(theta=theta)
+    head_dim = model.config.kv_channels
+    actual = model.rotary_pos_emb.inv_freq.float().cpu()
+    candidates = [plain]
+    if model.rotary_scaling:
+        # The model keeps no record of the factor; its lowest frequency is the plain one divided by it.
+        expected = rotary_frequencies(plain, head_dim, beyond_original=False).inv_freq
+        factor = float(expected[-1] / actual[-1])
+        scaling = {
+            "factor": round(factor, 3),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        candidates = [RopeConfig(theta=theta, rope_type="llama3", scaling=scaling)]
+    for rope in candidates:
+        frequencies = rotary_frequencies(rope, head_dim, beyond_original=False).inv_freq
+        if torch.allclose(frequencies, actual, rtol=1e-6):
+            return rope
+    raise UnsupportedError("the GPTModel's rotary frequencies follow neither rotary_base alone nor llama3 scaling")

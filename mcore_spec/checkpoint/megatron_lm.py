@@ -1,0 +1,118 @@
+"""What Megatron-LM keeps beside the weights: written so that it loads ours, read so that we load its."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+
+from mcore_spec.checkpoint.record import CheckpointRecord
+from mcore_spec.config import BaseArchitecture, BaseIdentity, RopeConfig
+from mcore_spec.errors import CheckpointError, UnsupportedError
+
+
+def megatron_lm_common(base: BaseArchitecture, iteration: int) -> dict[str, Any]:
+    """What Megatron-LM looks for beside the weights."""
+    scaling = base.rope.scaling
+    args = argparse.Namespace(
+        num_layers=base.num_layers,
+        hidden_size=base.hidden_size,
+        ffn_hidden_size=base.intermediate_size,
+        num_attention_heads=base.num_attention_heads,
+        group_query_attention=base.num_key_value_heads != base.num_attention_heads,
+        num_query_groups=base.num_key_value_heads,
+        kv_channels=base.head_dim,
+        max_position_embeddings=base.max_position_embeddings,
+        seq_length=base.max_position_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(base.rope.theta) if base.rope.theta.is_integer() else base.rope.theta,
+        rotary_percent=1.0,
+        use_rope_scaling=base.rope.rope_type == "llama3",
+        rope_scaling_factor=scaling.get("factor", 8.0) if base.rope.rope_type == "llama3" else 8.0,
+        normalization="RMSNorm",
+        norm_epsilon=base.rms_norm_eps,
+        swiglu=base.hidden_act == "silu",
+        add_bias_linear=False,
+        add_qkv_bias=base.qkv_bias,
+        qk_layernorm=base.qk_norm,
+        untie_embeddings_and_output_weights=not base.tie_word_embeddings,
+        vocab_size=base.vocab_size,
+        padded_vocab_size=base.vocab_size,
+        params_dtype=getattr(torch, base.dtype),
+        iteration=iteration,
+    )
+    return {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
+
+
+def megatron_lm_record(path: Path) -> CheckpointRecord:
+    """Describe a base that Megatron-LM saved, from the arguments in its common state.
+
+    Raises:
+        CheckpointError: not a Megatron-LM checkpoint.
+        UnsupportedError: arguments that describe another kind of model.
+    """
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(path))
+    except (CheckpointingException, RuntimeError, OSError, EOFError) as error:
+        raise CheckpointError(f"{path} could not be read: {error}") from error
+    if "args" not in common:
+        raise CheckpointError(f"{path} has neither mcore_spec.json nor Megatron-LM's arguments; it cannot be described")
+    args = vars(common["args"])
+    _check_megatron_lm(args, path)
+    scaling = {
+        "factor": args.get("rope_scaling_factor", 8.0),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    is_scaled = bool(args.get("use_rope_scaling"))
+    rope = {
+        "theta": args.get("rotary_base", 10000),
+        "rope_type": "llama3" if is_scaled else "default",
+        "scaling": scaling if is_scaled else {},
+    }
+    heads = args["num_attention_heads"]
+    base = BaseArchitecture.parse(
+        {
+            "family": "megatron",
+            "num_layers": args["num_layers"],
+            "hidden_size": args["hidden_size"],
+            "intermediate_size": args["ffn_hidden_size"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": args["num_query_groups"] if args.get("group_query_attention") else heads,
+            "head_dim": args.get("kv_channels") or args["hidden_size"] // heads,
+            "vocab_size": args.get("vocab_size") or args["padded_vocab_size"],
+            "max_position_embeddings": args["max_position_embeddings"],
+            "rms_norm_eps": args.get("norm_epsilon", 1e-5),
+            "tie_word_embeddings": not args.get("untie_embeddings_and_output_weights"),
+            "qkv_bias": bool(args.get("add_qkv_bias")),
+            "qk_norm": bool(args.get("qk_layernorm")),
+            "rope": RopeConfig.parse(rope, where=str(path)),
+            "dtype": str(args["params_dtype"]).removeprefix("torch."),
+        },
+        where=f"{path}: args",
+    )
+    tensors = dist_checkpointing.load_tensors_metadata(str(path))
+    names = sorted(f"{name} {tensor.global_shape}" for name, tensor in tensors.items())
+    fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    identity = BaseIdentity(source=str(path), fingerprint=fingerprint)
+    return CheckpointRecord(base=base, identity=identity, conversion=None, packages={})
+
+
+def _check_megatron_lm(args: dict[str, Any], path: Path) -> None:
+    expected = {
+        "position_embedding_type": ("rope", "learned_absolute"),
+        "normalization": ("RMSNorm", "LayerNorm"),
+        "swiglu": (True, False),
+        "add_bias_linear": (False, True),
+        "rotary_percent": (1.0, 1.0),
+    }
+    for name, (wanted, megatron_default) in expected.items():
+        found = args.get(name, megatron_default)
+        if found != wanted:
+            raise UnsupportedError(f"{path}: args.{name} = {found!r}; only {wanted!r} can carry a draft here")

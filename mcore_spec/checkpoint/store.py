@@ -1,0 +1,307 @@
+"""Distributed checkpoints in Megatron-LM's layout, with the conversion recorded beside the weights.
+
+    DIR/latest_checkpointed_iteration.txt      the newest whole iteration, or "release"
+    DIR/iter_0000001/                          torch_dist format of megatron.core.dist_checkpointing
+    DIR/iter_0000001/mcore_spec.json           base, conversion, package versions
+    DIR/iter_0000001/tokenizer/                files that training and export need
+
+Base tensors are named as a plain `GPTModel`'s. An iteration is written under a temporary name, renamed
+when it is whole, and announced last, so that an interrupted save leaves the previous one in force.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.models.gpt import GPTModel
+
+from mcore_spec.bases.megatron import MegatronBase
+from mcore_spec.bases.megatron_build import BaseGPTModel, TransformerImpl, build_gpt_model, describe
+from mcore_spec.checkpoint.megatron_lm import megatron_lm_common, megatron_lm_record
+from mcore_spec.checkpoint.record import FORMAT_VERSION, CheckpointRecord, ConversionRecord
+from mcore_spec.checkpoint.writer import InProcessSaveStrategy
+from mcore_spec.config import BaseArchitecture, BaseIdentity, EagleConfig
+from mcore_spec.convert import ALGORITHMS, attach, conversion_of
+from mcore_spec.errors import CheckpointError, ConfigError
+from mcore_spec.parallel.layout import Layout, barrier, run_on_rank_zero
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RECORD = "mcore_spec.json"
+TOKENIZER = "tokenizer"
+# What a Megatron-LM checkpoint holds besides the model, and what no model needs.
+_NOT_MODEL = ("optimizer", "chained_", "rng_state", "rerun_state")
+_RECORDED_PACKAGES = ("mcore-spec", "torch", "megatron-core", "transformers", "safetensors")
+
+
+class Checkpoint(NamedTuple):
+    """One iteration on disk."""
+
+    path: Path
+    iteration: int
+    record: CheckpointRecord
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Directory of the tokenizer's files; may be empty."""
+        return self.path / TOKENIZER
+
+
+def find_checkpoint(directory: Path, *, step: int | None = None) -> Checkpoint:
+    """The newest whole iteration below `directory`, or the given one.
+
+    Raises:
+        CheckpointError: there is none, or its record is damaged.
+    """
+    tracker = directory / TRACKER
+    if step is not None:
+        name = _iteration_name(step)
+    else:
+        if not tracker.exists():
+            raise CheckpointError(f"load = {directory}: no {TRACKER} there; give the directory that was saved to")
+        text = tracker.read_text().strip()
+        name = text if text == "release" else _iteration_name(_parse_iteration(text, tracker))
+    path = directory / name
+    if not (path / "metadata.json").exists():
+        raise CheckpointError(f"{path} is no checkpoint, or not a whole one; choose another iteration (ckpt_step)")
+    iteration = 0 if name == "release" else int(name.removeprefix("iter_"))
+    return Checkpoint(path, iteration, read_record(path))
+
+
+def _iteration_name(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def _parse_iteration(text: str, tracker: Path) -> int:
+    if not text.isdigit():
+        raise CheckpointError(f"{tracker} says {text!r}, neither an iteration nor 'release'; correct it")
+    return int(text)
+
+
+def read_record(path: Path) -> CheckpointRecord:
+    """The record beside the weights; derived from Megatron-LM's arguments where it saved the checkpoint.
+
+    Raises:
+        CheckpointError: damaged, or of a newer format.
+    """
+    file = path / RECORD
+    if not file.exists():
+        return megatron_lm_record(path)
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{file} has format_version {version!r}; this package reads {FORMAT_VERSION}: update it")
+    try:
+        return CheckpointRecord.parse(values, where=str(file))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def make_record(model: GPTModel, identity: BaseIdentity) -> CheckpointRecord:
+    """The record of a live model."""
+    conversion = conversion_of(model)
+    return CheckpointRecord(
+        base=describe(model),
+        identity=identity,
+        conversion=conversion
+        and ConversionRecord(algorithm=conversion.algorithm, config=conversion.config.model_dump(mode="json")),
+        packages={name: metadata.version(name) for name in _RECORDED_PACKAGES},
+    )
+
+
+def save_checkpoint(
+    model: GPTModel,
+    directory: Path,
+    record: CheckpointRecord,
+    *,
+    iteration: int | None = None,
+    tokenizer_files: Iterable[Path] = (),
+) -> Path:
+    """Write one iteration; all ranks take part.
+
+    Args:
+        model: this rank's part.
+        directory: holds the iterations.
+        record: what the weights are.
+        iteration: its number; ``None`` for the one after the newest.
+        tokenizer_files: copied beside the weights.
+
+    Returns:
+        The directory of the iteration.
+
+    Raises:
+        CheckpointError: the directory holds another base, or writing failed; the newest iteration is as before.
+    """
+    files = list(tokenizer_files)
+    number, partial = run_on_rank_zero(lambda: _begin(directory, record, iteration))
+    state = {**_model_state(model), **megatron_lm_common(record.base, number)}
+    try:
+        dist_checkpointing.save(state, str(partial), InProcessSaveStrategy())
+    except (CheckpointingException, RuntimeError, OSError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"save = {directory}: writing failed ({error}); free space or choose another directory. "
+            "What was saved before is untouched"
+        ) from error
+    barrier()
+    return run_on_rank_zero(lambda: _publish(directory, partial, number, record, files))
+
+
+def check_save_directory(directory: Path, identity: BaseIdentity) -> None:
+    """Refuse a directory that cannot be written to or that holds another base, before any work is done.
+
+    Raises:
+        CheckpointError: it holds checkpoints of another base.
+        OSError: it cannot be created or written to.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / f".write-probe-{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+    if (directory / TRACKER).exists():
+        existing = find_checkpoint(directory).record.identity
+        if existing.fingerprint != identity.fingerprint:
+            raise CheckpointError(
+                f"save = {directory} holds checkpoints of another base ({existing.source}); this one is "
+                f"{identity.source}. Choose another directory"
+            )
+
+
+def _begin(directory: Path, record: CheckpointRecord, iteration: int | None) -> tuple[int, Path]:
+    check_save_directory(directory, record.identity)
+    newest = find_checkpoint(directory).iteration if (directory / TRACKER).exists() else 0
+    if iteration is None:
+        iteration = newest + 1
+    elif iteration <= newest:
+        raise CheckpointError(
+            f"save = {directory} holds iteration {newest} already, and {iteration} is to be saved; "
+            "choose another directory, or remove the newer iterations"
+        )
+    for leftover in directory.glob(".partial-iter_*"):
+        shutil.rmtree(leftover)
+    partial = directory / f".partial-{_iteration_name(iteration)}"
+    partial.mkdir()
+    return iteration, partial
+
+
+def _publish(
+    directory: Path, partial: Path, iteration: int, record: CheckpointRecord, tokenizer_files: list[Path]
+) -> Path:
+    (partial / RECORD).write_text(record.model_dump_json(indent=2) + "\n")
+    (partial / TOKENIZER).mkdir()
+    for file in tokenizer_files:
+        shutil.copy2(file, partial / TOKENIZER / file.name)
+    final = directory / _iteration_name(iteration)
+    if final.exists():
+        # Renamed by a save that was interrupted before it was announced (`_begin` refuses announced ones).
+        shutil.rmtree(final)
+    _sync(partial)
+    partial.rename(final)
+    _sync(directory)
+    temporary = directory / f".{TRACKER}"
+    temporary.write_text(str(iteration))
+    temporary.replace(directory / TRACKER)
+    _sync(directory)
+    return final
+
+
+def _sync(path: Path) -> None:
+    """Make a directory's entries durable before something refers to them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, layout: Layout, *, transformer_impl: TransformerImpl = "local"
+) -> BaseGPTModel:
+    """Build the base in `layout`, attach the recorded draft, fill both; all ranks take part.
+
+    Raises:
+        CheckpointError: tensors missing or left over.
+        ConfigError: a layout that does not divide the base.
+    """
+    model = build_gpt_model(checkpoint.record.base, layout, transformer_impl=transformer_impl)
+    restore(model, checkpoint)
+    return model
+
+
+def restore(model: GPTModel, checkpoint: Checkpoint) -> None:
+    """Re-run the recorded conversion on `model`, a bare base, and fill base and draft.
+
+    Raises:
+        CheckpointError: a checkpoint of another base, tensors missing or left over.
+    """
+    record = checkpoint.record
+    _check_same_base(describe(model), record)
+    base = MegatronBase(model)
+    if record.conversion is not None:
+        algorithm = ALGORITHMS[record.conversion.algorithm]
+        where = f"{checkpoint.path / RECORD}: conversion"
+        config = algorithm.config_class.parse(record.conversion.config, where=where)
+        attach(base, record.conversion.algorithm, config)
+        if isinstance(config, EagleConfig) and base.needs_embedding_copy():
+            base.add_last_stage_embedding(torch.empty_like(base.head_weight()))
+    state = _model_state(model)
+    try:
+        loaded, missing, unexpected = dist_checkpointing.load(
+            state, str(checkpoint.path), strict=StrictHandling.RETURN_ALL
+        )
+    except (CheckpointingException, RuntimeError, OSError, EOFError) as error:
+        raise CheckpointError(f"{checkpoint.path} could not be read: {error}") from error
+    _check_leftovers(checkpoint.path, missing, unexpected)
+    model.load_state_dict(loaded["model"])
+    _zero_vocabulary_padding(base)
+
+
+def _check_same_base(actual: BaseArchitecture, record: CheckpointRecord) -> None:
+    ignored = {"family", "dtype"}
+    expected_values = record.base.model_dump(exclude=ignored)
+    actual_values = actual.model_dump(exclude=ignored)
+    for field, expected in expected_values.items():
+        if actual_values[field] != expected:
+            raise CheckpointError(
+                f"the checkpoint is of another base ({record.identity.source}): its {field} is {expected!r}, the "
+                f"model's {actual_values[field]!r}; load it into the base it was made from"
+            )
+
+
+def _check_leftovers(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """`missing` is in the checkpoint but not in the model, `unexpected` the other way round."""
+    leftover = sorted(name for name in missing if not name.startswith(_NOT_MODEL) and not name.endswith("_extra_state"))
+    absent = sorted({name for name in unexpected if "_extra_state" not in name})
+    if leftover or absent:
+        raise CheckpointError(
+            f"{path} does not fit the model: only in the checkpoint {leftover[:8] or 'nothing'}, only in the model "
+            f"{absent[:8] or 'nothing'}; load it into the model that it was saved from"
+        )
+
+
+@torch.no_grad()
+def _zero_vocabulary_padding(base: MegatronBase) -> None:
+    """Rows behind the vocabulary are not in every layout's checkpoint; they are zero in all."""
+    weights = [base.embedding_weight()] if base.is_first_stage else []
+    if base.is_last_stage:
+        weights.append(base.head_weight())
+    for weight in weights:
+        valid = base.architecture.vocab_size - base.tp.rank * weight.shape[0]
+        weight[max(0, valid) :].zero_()
+
+
+def _model_state(model: GPTModel) -> dict[str, Any]:
+    metadata = {"dp_cp_group": model.pg_collection.dp_cp}
+    return {"model": model.sharded_state_dict(metadata=metadata)}

@@ -1,0 +1,239 @@
+"""``mcore-spec convert``: a base becomes a Megatron-core checkpoint, with a draft on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mcore_spec.bases.megatron import MegatronBase
+from mcore_spec.bases.megatron_build import BaseGPTModel, build_gpt_model, check_layout
+from mcore_spec.checkpoint.record import CheckpointRecord
+from mcore_spec.checkpoint.store import (
+    check_save_directory,
+    find_checkpoint,
+    load_checkpoint,
+    make_record,
+    save_checkpoint,
+)
+from mcore_spec.cli.arguments import ConvertArguments, ParallelArguments
+from mcore_spec.cli.terminal import say
+from mcore_spec.config import BaseIdentity, EagleConfig, StrictConfig
+from mcore_spec.convert import ALGORITHMS, check_convertible, convert, parse_mode, with_draft_vocabulary
+from mcore_spec.drafts.vocab_map import load_draft_to_target
+from mcore_spec.errors import CheckpointError, ConfigError
+from mcore_spec.export.draft import algorithm_name
+from mcore_spec.parallel.layout import Layout, is_rank_zero, parallel_runtime, run_on_rank_zero
+from mcore_spec.weights.hf_config import TOKENIZER_FILES, describe_hf, locate, read_hf_config
+from mcore_spec.weights.hf_import import check_names, import_hf
+from mcore_spec.weights.safetensors_io import WeightDirectory
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+class Source(NamedTuple):
+    """Where the base comes from.
+
+    Attributes:
+        record: what it is; `record.base` has the dtype that was asked for.
+        directory: of the Hugging Face files, or of the iteration.
+        tokenizer_files: to carry along.
+    """
+
+    record: CheckpointRecord
+    directory: Path
+    tokenizer_files: list[Path]
+
+
+def run(arguments: ConvertArguments) -> None:
+    """Check everything that can be checked without weights, then read, convert and save."""
+    layout = layout_of(arguments)
+    with parallel_runtime(layout, seed=arguments.seed):
+        source = run_on_rank_zero(lambda: _find_source(arguments))
+        check_layout(source.record.base, layout)
+        d2t = _draft_vocabulary(arguments, source)
+        mode = _mode(arguments)
+        if mode is not None:
+            _check_mode(mode, d2t, source, layout)
+        save = Path(arguments.save)
+        run_on_rank_zero(lambda: check_save_directory(save, source.record.identity))
+        model = _load_base(arguments, source, layout)
+        if mode is not None:
+            convert(model, [mode], d2t=d2t, seed=arguments.seed)
+        record = make_record(model, source.record.identity)
+        _report(model, arguments)
+        path = save_checkpoint(model, save, record, tokenizer_files=source.tokenizer_files)
+        if is_rank_zero():
+            say(f"saved {path}")
+
+
+def layout_of(arguments: ParallelArguments) -> Layout:
+    """The layout that the flags describe."""
+    return Layout(
+        tensor=arguments.tensor_model_parallel_size,
+        pipeline=arguments.pipeline_model_parallel_size,
+        sequence_parallel=arguments.sequence_parallel,
+        last_stage_layers=arguments.decoder_last_pipeline_num_layers,
+    )
+
+
+def _find_source(arguments: ConvertArguments) -> Source:
+    if arguments.load is not None:
+        checkpoint = find_checkpoint(Path(arguments.load), step=arguments.ckpt_step)
+        if checkpoint.record.conversion is not None:
+            raise CheckpointError(
+                f"load = {arguments.load} has a draft already ({checkpoint.record.conversion.algorithm}); "
+                "convert the base it was made from"
+            )
+        files = sorted(checkpoint.tokenizer_path.glob("*")) if checkpoint.tokenizer_path.is_dir() else []
+        return Source(_with_dtype(checkpoint.record, arguments), checkpoint.path, files)
+    assert arguments.pretrained_model_path is not None
+    directory = locate(arguments.pretrained_model_path)
+    raw = read_hf_config(directory)
+    base = describe_hf(raw, where=str(directory / "config.json"))
+    with WeightDirectory(directory) as weights:
+        check_names(weights, base)
+        fingerprint = weights.fingerprint()
+    source = (
+        str(directory.resolve()) if Path(arguments.pretrained_model_path).is_dir() else arguments.pretrained_model_path
+    )
+    identity = BaseIdentity(source=source, fingerprint=fingerprint, hf_config=raw)
+    record = CheckpointRecord(base=base, identity=identity, conversion=None, packages={})
+    files = [directory / name for name in TOKENIZER_FILES if (directory / name).exists()]
+    return Source(_with_dtype(record, arguments), directory, files)
+
+
+def _with_dtype(record: CheckpointRecord, arguments: ConvertArguments) -> CheckpointRecord:
+    if arguments.params_dtype == "auto":
+        return record
+    base = record.base.model_copy(update={"dtype": _DTYPES[arguments.params_dtype]})
+    return record.model_copy(update={"base": base})
+
+
+def _draft_vocabulary(arguments: ConvertArguments, source: Source) -> Tensor | None:
+    path = arguments.draft_vocab_cache
+    if path is None:
+        return None
+    return run_on_rank_zero(lambda: load_draft_to_target(path, vocab_size=source.record.base.vocab_size))
+
+
+def _mode(arguments: ConvertArguments) -> tuple[str, StrictConfig] | None:
+    """The mode that the flags describe; flags of the command line over the file's."""
+    if arguments.export_algorithm == "none":
+        return None
+    if arguments.export_algorithm == "medusa":
+        values: dict[str, Any] = {
+            "medusa_num_heads": arguments.export_num_medusa_heads,
+            "medusa_num_layers": arguments.export_num_medusa_layers,
+        }
+        return parse_mode([("medusa", values)])
+    from mcore_spec.config import eagle_preset
+
+    values = eagle_preset(arguments.export_eagle_algorithm)["config"]
+    if arguments.eagle_config is not None:
+        values = _merge_eagle_file(values, arguments)
+    name, config = parse_mode([("eagle", values)])
+    assert isinstance(config, EagleConfig)
+    if config.algorithm != arguments.export_eagle_algorithm:
+        raise ConfigError(
+            f"eagle_config = {arguments.eagle_config} describes {config.algorithm}, --export-eagle-algorithm says "
+            f"{arguments.export_eagle_algorithm}; make the two agree"
+        )
+    return name, config
+
+
+def _merge_eagle_file(preset: dict[str, Any], arguments: ConvertArguments) -> dict[str, Any]:
+    """The file over the preset. The file may be a whole configuration or an architecture alone (ModelOpt's)."""
+    path = arguments.eagle_config
+    assert path is not None
+    try:
+        given = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"eagle_config = {path}: no such file") from error
+    except ValueError as error:
+        raise ConfigError(f"eagle_config = {path} is not JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"eagle_config = {path} holds a {type(given).__name__}; it must hold an object")
+    if not any(key in EagleConfig.model_fields for key in given):
+        given = {"eagle_architecture_config": given}
+    architecture = {**preset["eagle_architecture_config"], **given.get("eagle_architecture_config", {})}
+    EagleConfig.parse({**given, "eagle_architecture_config": architecture}, where=f"eagle_config = {path}")
+    return {**given, "eagle_architecture_config": architecture}
+
+
+def _check_mode(mode: tuple[str, StrictConfig], d2t: Tensor | None, source: Source, layout: Layout) -> None:
+    """Resolve the configuration before any weight is read."""
+    name, config = mode
+    resolved = ALGORITHMS[name].resolve(with_draft_vocabulary(config, d2t), source.record.base)
+    check_convertible(resolved, d2t)
+    if isinstance(resolved, EagleConfig):
+        architecture = resolved.eagle_architecture_config
+        for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            value = architecture.model_dump()[field]
+            if value % layout.tensor:
+                raise ConfigError(
+                    f"eagle_architecture_config.{field} = {value} is not divisible by tensor_model_parallel_size = "
+                    f"{layout.tensor}; change one of the two"
+                )
+
+
+def _load_base(arguments: ConvertArguments, source: Source, layout: Layout) -> BaseGPTModel:
+    if arguments.load is not None:
+        checkpoint = find_checkpoint(Path(arguments.load), step=arguments.ckpt_step)
+        return load_checkpoint(
+            checkpoint._replace(record=source.record), layout, transformer_impl=arguments.transformer_impl
+        )
+    model = build_gpt_model(source.record.base, layout, transformer_impl=arguments.transformer_impl)
+    with WeightDirectory(source.directory) as weights:
+        import_hf(model, weights, cast=arguments.params_dtype != "auto")
+    return model
+
+
+def _report(model: BaseGPTModel, arguments: ConvertArguments) -> None:
+    """What was attached, in numbers; the last stage knows, rank 0 says."""
+    import torch.distributed as dist
+
+    base = MegatronBase(model)
+    draft = base.draft()
+    line = None
+    if draft is not None:
+        line = _describe_draft(base)
+    lines: list[tuple[str | None, int]] = [(None, 0)] * dist.get_world_size()
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    dist.all_gather_object(lines, (line, num_bytes))
+    if not is_rank_zero():
+        return
+    architecture = base.architecture
+    say(
+        f"base: {architecture.family}, {architecture.num_layers} layers, hidden {architecture.hidden_size}, "
+        f"vocabulary {architecture.vocab_size}, {architecture.dtype}"
+    )
+    for text in dict.fromkeys(text for text, _ in lines if text is not None):
+        say(text)
+    sizes = [size for _, size in lines]
+    say(f"bytes a rank: {min(sizes):,} to {max(sizes):,}" if len(set(sizes)) > 1 else f"bytes a rank: {sizes[0]:,}")
+
+
+def _describe_draft(base: MegatronBase) -> str:
+    from mcore_spec.drafts.eagle3 import Eagle3Draft
+    from mcore_spec.parallel.sharding import sharded_tensors, whole_shape
+
+    draft = base.draft()
+    assert draft is not None
+    trained = sum(
+        _product(whole_shape(entry, draft.tp)) for entry in sharded_tensors(draft) if entry.tensor.requires_grad
+    )
+    text = f"draft: {algorithm_name(draft)}, {trained:,} parameters trained, base frozen"
+    if isinstance(draft, Eagle3Draft):
+        vocabulary = draft.architecture.draft_vocab_size
+        text += f"; aux layers {', '.join(map(str, draft.aux_layer_ids))}; draft vocabulary {vocabulary:,}"
+    return text
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

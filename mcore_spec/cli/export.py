@@ -1,0 +1,45 @@
+"""``mcore-spec export``: a checkpoint becomes a directory that an inference engine loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mcore_spec.checkpoint.store import find_checkpoint, load_checkpoint
+from mcore_spec.cli.arguments import ExportArguments
+from mcore_spec.cli.convert import layout_of
+from mcore_spec.cli.terminal import say
+from mcore_spec.errors import CheckpointError
+from mcore_spec.export.base import export_base_directory
+from mcore_spec.export.draft import export_draft
+from mcore_spec.parallel.layout import is_rank_zero, parallel_runtime, run_on_rank_zero
+
+
+def run(arguments: ExportArguments) -> None:
+    """Load in the given layout and write the draft, or the base."""
+    layout = layout_of(arguments)
+    directory = Path(arguments.export_dir)
+    with parallel_runtime(layout):
+        checkpoint = run_on_rank_zero(lambda: find_checkpoint(Path(arguments.load), step=arguments.ckpt_step))
+        if arguments.export_extra_modules and checkpoint.record.conversion is None:
+            raise CheckpointError(
+                f"load = {arguments.load} has no draft; convert it first, or leave --export-extra-modules out"
+            )
+        model = load_checkpoint(checkpoint, layout, transformer_impl=arguments.transformer_impl)
+        if arguments.export_extra_modules:
+            export_draft(
+                model,
+                checkpoint.record,
+                directory,
+                export_format=arguments.export_format,
+                overwrite=arguments.overwrite,
+            )
+        else:
+            export_base_directory(
+                model,
+                checkpoint.record,
+                directory,
+                tokenizer_path=checkpoint.tokenizer_path,
+                overwrite=arguments.overwrite,
+            )
+        if is_rank_zero():
+            say(f"exported {directory}")

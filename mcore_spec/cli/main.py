@@ -1,0 +1,147 @@
+"""The entry points: ``mcore-spec COMMAND ...``, and `run_command` for the scripts in examples/.
+
+A command is a row in `COMMANDS`. Its code, and with it torch, is imported only after its command line was
+found to be right. Exit codes: 0 done; 2 the user can repair it, one line says how; 130 interrupted;
+1 with a traceback: a fault of ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from mcore_spec.cli.arguments import ConvertArguments, ExportArguments, flag_of
+from mcore_spec.cli.parser import parse_arguments, suggest
+from mcore_spec.cli.terminal import say, say_error
+from mcore_spec.config import StrictConfig
+from mcore_spec.errors import McoreSpecError
+
+PROG = "mcore-spec"
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Command(NamedTuple):
+    """One command of the program."""
+
+    arguments_class: type[StrictConfig]
+    description: str
+    target: str  # "module:function", which takes the arguments
+    output: str  # the field that names the directory to write
+
+    def load(self) -> Callable[[Any], None]:
+        """Import the function."""
+        function: Callable[[Any], None] = pkgutil.resolve_name(self.target)
+        return function
+
+
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {
+        "convert": Command(
+            ConvertArguments,
+            "Attach a draft to a base model and write a Megatron-core checkpoint.",
+            "mcore_spec.cli.convert:run",
+            "save",
+        ),
+        "export": Command(
+            ExportArguments,
+            "Write a checkpoint as a directory that an inference engine loads.",
+            "mcore_spec.cli.export:run",
+            "export_dir",
+        ),
+    }
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``mcore-spec COMMAND ...``; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in ("-h", "--help"):
+        say(_overview())
+        return 0
+    if words and words[0] in COMMANDS:
+        return run_command(words[0], words[1:])
+    listing = f"commands: {', '.join(COMMANDS)}"
+    if words:
+        hint = suggest(words[0], list(COMMANDS), otherwise=listing)
+        say_error(f"unknown command {words[0]!r}; {hint}")
+    else:
+        say_error(f"no command; {listing}; see {PROG} --help")
+    return 2
+
+
+def run_command(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run one command of `COMMANDS` and return the exit code.
+
+    Args:
+        name: the command.
+        argv: its command line without names (default: the process's).
+    """
+    command = COMMANDS[name]
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        arguments = parse_arguments(
+            command.arguments_class, words, prog=f"{PROG} {name}", description=command.description
+        )
+    except McoreSpecError as error:
+        say_error(str(error))
+        return 2
+    except SystemExit:  # --help was asked for, and printed
+        return 0
+    try:
+        command.load()(arguments)
+    except McoreSpecError as error:
+        say_error(str(error))
+        return 2
+    except OSError as error:
+        output = str(arguments.model_dump()[command.output])
+        say_error(describe_os_error(error, output=output, flag=flag_of(command.output)))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def describe_os_error(error: OSError, *, output: str, flag: str) -> str:
+    """What the operating system refused, where, and the remedy.
+
+    Args:
+        error: what was raised.
+        output: the directory that the command writes.
+        flag: the flag that names it.
+    """
+    what = error.strerror or str(error)
+    # A failed write, unlike a failed open, does not know its file; a full disk is the output's.
+    path = error.filename or (output if error.errno in _NO_SPACE else None)
+    if path is None:
+        return what
+    file, directory = Path(str(path)), Path(output)
+    is_output = file.is_relative_to(directory) or directory.is_relative_to(file)
+    other = flag if is_output else "path"
+    if error.errno in _NO_SPACE:
+        remedy = f"free space or choose another {other}"
+    elif error.errno in _NO_PERMISSION:
+        remedy = f"change its permissions or choose another {other}"
+    else:
+        remedy = f"check it or choose another {other}"
+    return f"{what}: {path}; {remedy}"
+
+
+def _overview() -> str:
+    width = max(len(name) for name in COMMANDS)
+    return "\n".join(
+        [
+            f"usage: {PROG} COMMAND [options]",
+            "",
+            "commands:",
+            *(f"  {name:<{width}}  {command.description}" for name, command in COMMANDS.items()),
+            "",
+            f"`{PROG} COMMAND --help` lists the options of a command.",
+        ]
+    )

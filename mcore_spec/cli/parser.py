@@ -1,0 +1,250 @@
+"""From an arguments class to a command line, and from a command line to an instance of the class.
+
+argparse splits the command line and prints ``--help``; types, ranges, defaults and what is required are the
+class's, so that they are written once. Values come from ``--config FILE.yaml``, then from flags, which win.
+Only what was given enters the instance's `model_fields_set`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from mcore_spec.cli.arguments import flag_of
+from mcore_spec.config import StrictConfig
+from mcore_spec.errors import ConfigError
+
+Arguments = TypeVar("Arguments", bound=StrictConfig)
+
+
+class Given(NamedTuple):
+    """A value that the user gave, and where."""
+
+    value: Any
+    where: str
+
+
+def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str], *, prog: str, description: str) -> Arguments:
+    """Read a command line.
+
+    Args:
+        arguments_class: its fields are the flags.
+        argv: the command line without the program's name.
+        prog: the program's name, for ``--help`` and errors.
+        description: one line for ``--help``.
+
+    Raises:
+        ConfigError: an unknown or repeated flag or key, a wrong or missing value, an unreadable file.
+        SystemExit: with code 0, after ``--help`` was printed.
+    """
+    parser = _build_parser(arguments_class, prog=prog, description=description)
+    namespace, rest = parser.parse_known_args(argv)
+    if rest:
+        fields = arguments_class.model_fields.items()
+        known = ["--help", "--config", *(flag for name, field in fields for flag in _flags(name, field))]
+        raise ConfigError(_describe_rest(rest, known=known, prog=prog))
+    flags = vars(namespace)
+    config = flags.pop("config", None)
+    given = {} if config is None else _read_config(Path(config), arguments_class)
+    given |= {name: Given(value, flag_of(name)) for name, value in flags.items()}
+    try:
+        return arguments_class.model_validate({name: each.value for name, each in given.items()})
+    except ValidationError as error:
+        raise ConfigError(_describe_invalid(error, given, arguments_class)) from error
+
+
+def suggest(word: str, known: Sequence[str], *, otherwise: str) -> str:
+    """The end of an error about a misspelt word."""
+    close = get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}?" if close else otherwise
+
+
+# --- argparse -------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises `ConfigError` where argparse would print its usage and leave."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+class _StoreOnce(argparse.Action):
+    """Keep the value of a flag; a second, different one is an error instead of the winner."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        is_switch = self.nargs == 0
+        value = option_string == self.option_strings[0] if is_switch else values
+        earlier = vars(namespace).get(self.dest, value)
+        if earlier != value:
+            both = " and ".join(self.option_strings) if is_switch else f"{earlier} and {value}"
+            raise ConfigError(f"{self.option_strings[0]} is given twice, as {both}: keep one")
+        setattr(namespace, self.dest, value)
+
+
+def _build_parser(arguments_class: type[StrictConfig], *, prog: str, description: str) -> _Parser:
+    """A parser with a group for each class that contributes fields, the command's own first."""
+    fields = arguments_class.model_fields
+    required = [f"{flag_of(name)} {_metavar(name, field)}" for name, field in fields.items() if field.is_required()]
+    parser = _Parser(
+        prog=prog,
+        usage=" ".join(["%(prog)s", "[--config FILE]", *required, "[options]"]),
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--config",
+        action=_StoreOnce,
+        metavar="FILE",
+        help="YAML file with values by option name, without the leading dashes. Flags win over it.",
+    )
+    seen: set[str] = set()
+    for contributor in arguments_class.__mro__:
+        names = [name for name in inspect.get_annotations(contributor) if name in fields and name not in seen]
+        if names:
+            group = parser.add_argument_group(str(contributor.__doc__).rstrip("."))
+            for name in names:
+                _add_flag(group, name, fields[name])
+            seen.update(names)
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
+    # argparse expands % in help texts.
+    text = f"{field.description} {_default(field)}".rstrip().replace("%", "%%")
+    flags = _flags(name, field)
+    if _is_switch(field):
+        group.add_argument(*flags, dest=name, action=_StoreOnce, nargs=0, help=text)
+    else:
+        group.add_argument(*flags, dest=name, action=_StoreOnce, metavar=_metavar(name, field), help=text)
+
+
+def _flags(name: str, field: FieldInfo) -> list[str]:
+    """The flag, and for a boolean the one that turns it off."""
+    flag = flag_of(name)
+    return [flag, "--no-" + flag.removeprefix("--")] if _is_switch(field) else [flag]
+
+
+def _kind(field: FieldInfo) -> Any:
+    """The type of a field's value when it is not None."""
+    if get_origin(field.annotation) not in (Union, UnionType):
+        return field.annotation
+    (kind,) = (each for each in get_args(field.annotation) if each is not NoneType)
+    return kind
+
+
+def _is_switch(field: FieldInfo) -> bool:
+    return _kind(field) is bool
+
+
+def _metavar(name: str, field: FieldInfo) -> str:
+    """What stands for the value in ``--help``: the choices, the kind, or the last word of the name."""
+    kind = _kind(field)
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(str(choice) for choice in get_args(kind)) + "}"
+    return {int: "N", float: "X", Path: "FILE"}.get(kind) or name.rpartition("_")[-1].upper()
+
+
+def _default(field: FieldInfo) -> str:
+    """The end of a line in ``--help``; what None stands for is said by the description."""
+    if field.is_required():
+        return "Required."
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, bool):
+        return f"Default: {'on' if default else 'off'}."
+    return "" if default is None else f"Default: {default}."
+
+
+# --- the YAML file --------------------------------------------------------------------------------
+
+
+def _read_config(path: Path, arguments_class: type[StrictConfig]) -> dict[str, Given]:
+    """The values in a YAML file, by field name.
+
+    Raises:
+        ConfigError: with file and line.
+    """
+    try:
+        return dict(_config_items(path, arguments_class))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; name a YAML file that can be read") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _config_items(path: Path, arguments_class: type[StrictConfig]) -> Iterator[tuple[str, Given]]:
+    # Nodes know their lines, and still show a key that stands twice, of which a dict keeps the last.
+    loader = yaml.SafeLoader(path.read_bytes())
+    root = loader.get_single_node()
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}: expected lines of the form `option: value`")
+    lines: dict[str, int] = {}
+    for key_node, value_node in root.value:
+        line = key_node.start_mark.line + 1
+        key = str(key_node.value)
+        where = f"{path}:{line}: {key}"
+        name = key.replace("-", "_")
+        field = arguments_class.model_fields.get(name)
+        if field is None:
+            known = list(arguments_class.model_fields)
+            raise ConfigError(f"{where}: unknown key; {suggest(name, known, otherwise='see --help')}")
+        if name in lines:
+            raise ConfigError(f"{where}: already given in line {lines[name]}: keep one")
+        lines[name] = line
+        try:
+            value = loader.construct_object(value_node, deep=True)
+        except ValueError as error:  # what looks like a date, and is none
+            raise ConfigError(f"{where}: {error}; put the value in quotes") from error
+        # pydantic would read true as 1 and "yes" as true, which is right for nobody's file.
+        if value is not None and isinstance(value, bool) != _is_switch(field):
+            expected = "true or false" if _is_switch(field) else f"{_metavar(name, field)}, not true or false"
+            raise ConfigError(f"{where} = {value!r}: expected {expected}")
+        yield name, Given(value, where)
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+def _describe_rest(rest: Sequence[str], *, known: Sequence[str], prog: str) -> str:
+    """What argparse could not place: a misspelt flag with its value, or a word without a flag."""
+    flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
+    if not flags:
+        return f"unexpected argument {rest[0]!r}: every value follows a flag; see {prog} --help"
+    return f"unknown flag {flags[0]}; {suggest(flags[0], known, otherwise=f'see {prog} --help')}"
+
+
+def _describe_invalid(error: ValidationError, given: Mapping[str, Given], arguments_class: type[StrictConfig]) -> str:
+    """One line for all problems: the flag or the key, the value, and what is allowed."""
+    problems = []
+    for problem in error.errors():
+        message = problem["msg"].removeprefix("Value error, ")
+        if not problem["loc"]:  # a check across fields names its flags itself
+            problems.append(message)
+            continue
+        name = str(problem["loc"][0])
+        if problem["type"] == "missing":
+            what = str(arguments_class.model_fields[name].description).rstrip(".")
+            problems.append(f"{flag_of(name)} is required: {what}")
+        else:
+            problems.append(f"{given[name].where} = {given[name].value!r}: {message}")
+    return "; ".join(problems)

@@ -1,0 +1,58 @@
+"""Validated, frozen configuration classes whose errors name the field, the value and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mcore_spec.errors import ConfigError
+
+
+class StrictConfig(BaseModel):
+    """A frozen configuration whose unknown keys and wrong values raise `ConfigError`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, where: str = "") -> Self:
+        """Build the configuration from plain values.
+
+        Args:
+            values: field name -> value.
+            where: what the values were read from (a file, a flag); named in the error.
+
+        Raises:
+            ConfigError: an unknown key (with the closest known one) or a value that does not validate.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(describe_validation_error(cls, error, where=where)) from error
+
+
+def describe_validation_error(config_class: type[BaseModel], error: ValidationError, *, where: str = "") -> str:
+    """One line a problem: the field, the value that was given, what is allowed."""
+    lines = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"]) or config_class.__name__
+        if problem["type"] == "extra_forbidden":
+            known = _known_fields(config_class, problem["loc"][:-1])
+            close = get_close_matches(str(problem["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}"
+            lines.append(f"{field}: unknown field; {hint}")
+        else:
+            lines.append(f"{field} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
+    prefix = f"{where}: " if where else ""
+    return prefix + "; ".join(lines)
+
+
+def _known_fields(config_class: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    for part in path:
+        annotation = config_class.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        config_class = annotation
+    return list(config_class.model_fields)

@@ -1,0 +1,137 @@
+"""Medusa (Cai et al., arXiv 2401.10774): head i predicts token x[t+2+i] from the base's last hidden state.
+
+Inside the heads every rank holds whole rows and its own share of the features; gradients of whole rows
+are one term a rank, summed where the rows entered the parallel region.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mcore_spec.config import BaseArchitecture, MedusaConfig
+from mcore_spec.drafts.draft import Draft, Reads
+from mcore_spec.layers.linear import ShardedLinear, VocabularyHead
+from mcore_spec.parallel.collectives import gather
+from mcore_spec.parallel.tensor_parallel import TensorParallel
+
+
+class ResidualBlock(nn.Module):
+    """z + SiLU(W z + b), W's rows sharded; the identity at the start."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        tp: TensorParallel,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Allocate this rank's rows.
+
+        Args:
+            hidden_size: width.
+            tp: the tensor-parallel group.
+            dtype: parameter dtype.
+            device: parameter device.
+        """
+        super().__init__()
+        self.linear = ShardedLinear(
+            hidden_size,
+            hidden_size,
+            shard_dim=0,
+            bias=True,
+            what="hidden_size",
+            tp=tp,
+            dtype=dtype,
+            device=device,
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[s, b, h], inside the parallel region -> the same."""
+        return z + gather(F.silu(self.linear(z)), -1, self.linear.tp.group, grad_is_partial=True)
+
+
+class MedusaHead(nn.Module):
+    """Residual blocks and a head of its own."""
+
+    def __init__(self, num_layers: int, base: BaseArchitecture, **args: Any) -> None:
+        """Allocate this rank's shard.
+
+        Args:
+            num_layers: residual blocks.
+            base: the base model.
+            args: tensor-parallel group, dtype and device.
+        """
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(base.hidden_size, **args) for _ in range(num_layers))
+        self.lm_head = VocabularyHead(base.hidden_size, base.vocab_size, **args)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[s, b, h], inside the parallel region -> this rank's logits [s, b, padded vocabulary / size]."""
+        for block in self.blocks:
+            z = block(z)
+        return self.lm_head(z)
+
+
+class MedusaDraft(Draft):
+    """All heads."""
+
+    reads: ClassVar[Reads] = "last"
+
+    def __init__(
+        self,
+        config: MedusaConfig,
+        base: BaseArchitecture,
+        *,
+        tp: TensorParallel,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Allocate this rank's shard.
+
+        Args:
+            config: number of heads and layers.
+            base: the base model.
+            tp: the tensor-parallel group.
+            dtype: parameter dtype.
+            device: parameter device.
+        """
+        super().__init__(tp=tp)
+        self.config = config
+        args: dict[str, Any] = {"tp": tp, "dtype": dtype, "device": device}
+        self.heads = nn.ModuleList(
+            MedusaHead(config.medusa_num_layers, base, **args) for _ in range(config.medusa_num_heads)
+        )
+
+    def own_heads(self) -> list[VocabularyHead]:
+        """One a head."""
+        return [head.lm_head for head in self.heads]
+
+    def head_token_ids(self) -> Tensor:
+        """The whole base vocabulary."""
+        head = self.own_heads()[0]
+        return torch.arange(head.vocab_size, device=head.weight.device)
+
+    @torch.no_grad()
+    def init_weights(self, *, seed: int) -> None:
+        """Zero residual blocks, as in the paper: an untrained head is the base's; `seed` is not needed."""
+        for head in self.heads:
+            for block in head.blocks:
+                block.linear.weight.zero_()
+                block.linear.bias.zero_()
+
+    def forward(self, features: Tensor) -> list[Tensor]:
+        """Logits of every head.
+
+        Args:
+            features: the base's last hidden state after its final norm [s or s/size, b, h].
+
+        Returns:
+            One a head, this rank's [s, b, padded vocabulary / size].
+        """
+        z = self.tp.enter(features)
+        return [head(z) for head in self.heads]

@@ -1,0 +1,118 @@
+"""Filling in what a configuration leaves to the base, and refusing what does not fit it."""
+
+from __future__ import annotations
+
+from mcore_spec.config import (
+    BaseArchitecture,
+    EagleArchitectureConfig,
+    EagleConfig,
+    RopeConfig,
+    check_supported,
+)
+from mcore_spec.errors import ConfigError
+
+
+def resolve_eagle(config: EagleConfig, base: BaseArchitecture) -> EagleConfig:
+    """The configuration with every ``None`` replaced by what the base has.
+
+    Args:
+        config: as the user wrote it.
+        base: the base model.
+
+    Raises:
+        ConfigError: a value that does not fit the base.
+        UnsupportedError: flags that describe no known member of the family.
+    """
+    check_supported(config)
+    architecture = config.eagle_architecture_config
+    _check_base_owned(architecture, base)
+    rope = resolve_rope(architecture, base)
+    values = {
+        "intermediate_size": base.intermediate_size,
+        "num_attention_heads": base.num_attention_heads,
+        "num_key_value_heads": base.num_key_value_heads,
+        "head_dim": base.head_dim,
+        "hidden_act": base.hidden_act,
+        "rms_norm_eps": base.rms_norm_eps,
+        "draft_vocab_size": base.vocab_size,
+    }
+    given = architecture.model_dump(exclude_none=True)
+    values = {
+        **values,
+        **given,
+        "rope_theta": rope.theta,
+        "rope_scaling": {"rope_type": rope.rope_type, **rope.scaling},
+        "hidden_size": base.hidden_size,
+        "vocab_size": base.vocab_size,
+        "max_position_embeddings": base.max_position_embeddings,
+        "torch_dtype": base.dtype,
+    }
+    if architecture.use_aux_hidden_state:
+        values["eagle_aux_hidden_state_layer_ids"] = resolve_aux_layers(architecture, base)
+    resolved = EagleArchitectureConfig.parse(values, where="eagle_architecture_config")
+    _check_sizes(resolved, base)
+    return config.model_copy(update={"eagle_architecture_config": resolved})
+
+
+def resolve_aux_layers(architecture: EagleArchitectureConfig, base: BaseArchitecture) -> tuple[int, ...]:
+    """Base layers (0-based, by output) that EAGLE-3 reads; the paper's low, middle and high by default."""
+    last = base.num_layers - 1
+    ids = architecture.eagle_aux_hidden_state_layer_ids
+    if not ids:
+        default = {1, base.num_layers // 2 - 1, base.num_layers - 4}
+        return tuple(sorted({min(max(layer, 0), last) for layer in default}))
+    wrong = [layer for layer in ids if not 0 <= layer <= last]
+    if wrong:
+        raise ConfigError(
+            f"eagle_aux_hidden_state_layer_ids = {list(ids)}: {wrong} out of range; the base has layers 0 to {last}"
+        )
+    return ids
+
+
+def resolve_rope(architecture: EagleArchitectureConfig, base: BaseArchitecture) -> RopeConfig:
+    """The draft's rotary embedding: the base's, each part overridden where the user gave it."""
+    rope = base.rope
+    if architecture.rope_scaling is not None:
+        scaling = dict(architecture.rope_scaling)
+        rope_type = scaling.pop("rope_type", scaling.pop("type", "default"))
+        theta = scaling.pop("rope_theta", rope.theta)
+        rope = RopeConfig.parse({"theta": theta, "rope_type": rope_type, "scaling": scaling}, where="rope_scaling")
+    if architecture.rope_theta is not None:
+        rope = rope.model_copy(update={"theta": architecture.rope_theta})
+    return rope
+
+
+def _check_base_owned(architecture: EagleArchitectureConfig, base: BaseArchitecture) -> None:
+    owned = {
+        "hidden_size": (architecture.hidden_size, base.hidden_size),
+        "vocab_size": (architecture.vocab_size, base.vocab_size),
+        "max_position_embeddings": (architecture.max_position_embeddings, base.max_position_embeddings),
+        "torch_dtype": (architecture.torch_dtype, base.dtype),
+    }
+    for field, (given, expected) in owned.items():
+        if given is not None and given != expected:
+            raise ConfigError(
+                f"eagle_architecture_config.{field} = {given!r} is not the base's {expected!r}; "
+                "leave it out: it comes from the base"
+            )
+
+
+def _check_sizes(architecture: EagleArchitectureConfig, base: BaseArchitecture) -> None:
+    draft_vocab, heads = architecture.draft_vocab_size, architecture.num_attention_heads
+    kv_heads = architecture.num_key_value_heads
+    assert draft_vocab is not None and heads is not None and kv_heads is not None
+    if draft_vocab > base.vocab_size:
+        raise ConfigError(
+            f"draft_vocab_size = {draft_vocab} is larger than the base's vocabulary of {base.vocab_size}; "
+            "choose at most that"
+        )
+    if architecture.algorithm != "eagle3" and draft_vocab != base.vocab_size:
+        raise ConfigError(
+            f"draft_vocab_size = {draft_vocab} with {architecture.algorithm}, whose head is the base's: "
+            "leave it out, or use eagle3"
+        )
+    if heads % kv_heads:
+        raise ConfigError(
+            f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}; "
+            "change one of the two"
+        )

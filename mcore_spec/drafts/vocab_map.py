@@ -1,0 +1,46 @@
+"""The draft vocabulary: which of the base's tokens an EAGLE-3 draft can propose."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mcore_spec.errors import ConfigError
+
+
+def load_draft_to_target(path: Path, *, vocab_size: int) -> Tensor:
+    """Read ``d2t.pt``: int64 [draft vocabulary], target id = i + d2t[i].
+
+    Args:
+        path: a tensor saved by `torch.save`.
+        vocab_size: entries of the base's vocabulary.
+
+    Raises:
+        ConfigError: unreadable, not an integer vector, targets not strictly ascending or out of range.
+    """
+    try:
+        d2t = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError as error:
+        raise ConfigError(f"draft_vocab_cache = {path}: no such file") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ConfigError(f"draft_vocab_cache = {path}: not a torch tensor file ({error})") from error
+    if not isinstance(d2t, Tensor) or d2t.ndim != 1 or d2t.dtype not in (torch.int32, torch.int64):
+        kind = f"{d2t.dtype} {tuple(d2t.shape)}" if isinstance(d2t, Tensor) else type(d2t).__name__
+        raise ConfigError(f"draft_vocab_cache = {path} holds {kind}; it must hold an int64 vector d2t")
+    d2t = d2t.to(torch.int64)
+    targets = torch.arange(d2t.shape[0]) + d2t
+    if d2t.shape[0] > vocab_size:
+        raise ConfigError(
+            f"draft_vocab_cache = {path} has {d2t.shape[0]} entries, more than the base's vocabulary of {vocab_size}"
+        )
+    if d2t.shape[0] == 0 or bool((targets.diff() <= 0).any()):
+        raise ConfigError(f"draft_vocab_cache = {path}: target ids i + d2t[i] must ascend strictly")
+    if int(targets[0]) < 0 or int(targets[-1]) >= vocab_size:
+        raise ConfigError(
+            f"draft_vocab_cache = {path}: target ids {int(targets[0])} to {int(targets[-1])} leave the base's "
+            f"vocabulary of {vocab_size}; it was made for another base"
+        )
+    return d2t

@@ -1,0 +1,90 @@
+"""What an exported draft consists of, before anything is gathered or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mcore_spec.bases.megatron import MegatronBase
+from mcore_spec.checkpoint.record import CheckpointRecord
+from mcore_spec.drafts.draft import Draft
+from mcore_spec.parallel.sharding import Shard, ShardedTensorEntry, gather_whole, sharded_tensors, whole_shape
+from mcore_spec.weights.draft_names import Table, stored_name
+from mcore_spec.weights.safetensors_io import TensorSpec
+
+ExportFormat = Literal["hf", "speculators"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """One draft in one format.
+
+    Attributes:
+        config: ``config.json``.
+        table: names of the draft's own tensors.
+        base_head: name for the base's head, where the format wants it and the draft has none.
+        base_embedding: name for the base's embedding, where the format wants it.
+        computed: further tensors, held whole.
+        serve: engine -> command that serves the directory; ``{base}`` and ``{draft}`` are paths.
+        extra_files: name -> text of further files.
+        remarks: what a user of the directory must know.
+    """
+
+    config: dict[str, Any]
+    table: Table
+    base_head: str | None = None
+    base_embedding: str | None = None
+    computed: dict[str, Tensor] = field(default_factory=dict)
+    serve: dict[str, str] = field(default_factory=dict)
+    extra_files: dict[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+
+class PlannedTensors:
+    """The tensors of a plan, on the ranks of the last stage: first their shapes, then one by one."""
+
+    def __init__(self, plan: ExportPlan, draft: Draft, base: MegatronBase) -> None:
+        """List them; nothing is gathered.
+
+        Args:
+            plan: names.
+            draft: this rank's part.
+            base: this rank's part of the base.
+        """
+        self._tp = draft.tp
+        self._computed = plan.computed
+        rows = Shard(0, size=base.architecture.vocab_size)
+        entries = [entry._replace(name=stored_name(plan.table, entry.name)) for entry in sharded_tensors(draft)]
+        if plan.base_head is not None:
+            entries.append(ShardedTensorEntry(plan.base_head, base.head_weight(), rows))
+        if plan.base_embedding is not None:
+            entries.append(ShardedTensorEntry(plan.base_embedding, base.embedding_weight(), rows))
+        self._entries = entries
+
+    def specs(self) -> list[TensorSpec]:
+        """Names, dtypes and whole shapes, in writing order."""
+        sharded = [TensorSpec(e.name, e.tensor.dtype, whole_shape(e, self._tp)) for e in self._entries]
+        return sharded + [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in self._computed.items()]
+
+    def gather(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors in writing order; every rank of the tensor-parallel group must iterate."""
+        for entry in self._entries:
+            yield entry.name, gather_whole(entry.tensor, entry.shard, self._tp)
+        yield from self._computed.items()
+
+
+def token_ids(record: CheckpointRecord) -> dict[str, Any]:
+    """bos, eos and pad of the base, as its configuration has them."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: record.identity.hf_config.get(name) for name in names}
+
+
+def target_to_draft(d2t: Tensor, vocab_size: int) -> Tensor:
+    """Which of the base's tokens are in the draft vocabulary, bool [vocabulary]."""
+    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    mask[torch.arange(d2t.shape[0]) + d2t.cpu()] = True
+    return mask

@@ -1,0 +1,1 @@
+"""What drafts are made of: norm, rotary embedding, linear maps, attention, MLP."""

@@ -1,0 +1,64 @@
+"""Gated MLP (Shazeer, arXiv 2002.05202), its inner width sharded over the tensor-parallel group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mcore_spec.layers.linear import ShardedLinear
+from mcore_spec.parallel.tensor_parallel import TensorParallel
+
+# Also the activations that a base may have; one owner for what the names mean.
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        hidden_act: str,
+        bias: bool,
+        tp: TensorParallel,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Allocate this rank's shard.
+
+        Args:
+            hidden_size: input and output width.
+            intermediate_size: inner width.
+            hidden_act: a key of `ACTIVATIONS`.
+            bias: bias on the three projections.
+            tp: the tensor-parallel group.
+            dtype: parameter dtype.
+            device: parameter device.
+        """
+        super().__init__()
+        self.tp = tp
+        self.activation = ACTIVATIONS[hidden_act]
+        args: dict[str, Any] = {
+            "tp": tp, "bias": bias, "what": "intermediate_size", "dtype": dtype, "device": device
+        }  # fmt: skip
+        self.gate_proj = ShardedLinear(hidden_size, intermediate_size, shard_dim=0, **args)
+        self.up_proj = ShardedLinear(hidden_size, intermediate_size, shard_dim=0, **args)
+        self.down_proj = ShardedLinear(intermediate_size, hidden_size, shard_dim=1, **args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s or s/size, b, h] -> [s or s/size, b, h]."""
+        x = self.tp.enter(x)
+        output = self.tp.leave(self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)))
+        if self.down_proj.bias is not None:
+            output = output + self.tp.replicated(self.down_proj.bias)
+        return output

@@ -1,0 +1,76 @@
+"""Megatron-core on a machine without CUDA: gloo instead of NCCL, host memory instead of device memory.
+
+megatron-core asks `torch.cuda` for the current device, for random states and for streams wherever it
+allocates or communicates. `install` answers those questions for the CPU. It is called once, by
+`initialize`, does nothing where CUDA exists, and touches only what megatron-core 0.16 was seen to
+call; each entry says who asks. Remove an entry once megatron-core asks `torch.accelerator` instead.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+_installed = False
+
+
+class _HostStream:
+    """Stands for a CUDA stream or event: on the host every operation has finished when it returns."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
+
+    def wait_stream(self, _other: object) -> None: ...
+
+    def wait_event(self, _event: object) -> None: ...
+
+    def record(self, _stream: object = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait(self, _stream: object = None) -> None: ...
+
+
+def _host_context(*_args: Any, **_kwargs: Any) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+def _set_rng_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def install() -> None:
+    """Let megatron-core run on the host; inert where CUDA is available, and when called again."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    cuda: Any = torch.cuda
+    # tensor_parallel.mappings, layers, p2p_communication: `device=torch.cuda.current_device()`.
+    cuda.current_device = lambda: torch.device("cpu")
+    # dist_checkpointing moves tensors to the device of this rank before it loads them.
+    cuda.set_device = _nothing
+    # tensor_parallel.random keeps one random state per region; P2P and checkpoint writing synchronise.
+    cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    cuda.set_rng_state = _set_rng_state
+    cuda.manual_seed = torch.manual_seed
+    cuda.synchronize = _nothing
+    cuda.empty_cache = _nothing
+    # dist_checkpointing's asynchronous writer copies on a stream of its own.
+    cuda.Stream = _HostStream
+    cuda.Event = _HostStream
+    cuda.stream = _host_context
+    cuda.current_stream = _HostStream
+    # The default generators are indexed by device number.
+    cuda.default_generators = (torch.default_generator,)
+    megatron_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = _set_rng_state
+    # LanguageModule copies the tied embedding with `.cuda()` before it reduces it over the stages.
+    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign,assignment]
+    _installed = True

@@ -1,0 +1,150 @@
+"""The parallel layout: which ranks share a layer, which hold the next ones, and starting it all up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from mcore_spec.errors import ConfigError, McoreSpecError
+from mcore_spec.parallel import cpu_runtime
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the model is cut over the ranks; what is left over is data parallel.
+
+    Attributes:
+        tensor: ranks that share each layer.
+        pipeline: stages.
+        sequence_parallel: shard the sequence over the tensor group between parallel regions.
+        last_stage_layers: decoder layers on the last stage, where they should not be split evenly.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+    last_stage_layers: int | None = None
+
+    def check(self, *, world_size: int) -> None:
+        """Refuse a layout that does not fit the number of ranks.
+
+        Raises:
+            ConfigError: sizes that do not divide.
+        """
+        model_ranks = self.tensor * self.pipeline
+        if world_size % model_ranks:
+            raise ConfigError(
+                f"world size {world_size} is not divisible by tensor_model_parallel_size = {self.tensor} x "
+                f"pipeline_model_parallel_size = {self.pipeline}; start {model_ranks} processes or a multiple "
+                f"(torchrun --nproc_per_node={model_ranks})"
+            )
+
+
+def world_size_from_environment() -> int:
+    """Number of processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """The device of this rank: its GPU, or the host."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextmanager
+def parallel_runtime(layout: Layout, *, seed: int = 1234, timeout_s: int = 1800) -> Iterator[None]:
+    """Process groups of `layout` for the time of a ``with`` block.
+
+    A process group that exists already (somebody else's launcher) is used and left alone.
+
+    Args:
+        layout: how to cut.
+        seed: of megatron-core's random states.
+        timeout_s: seconds after which a collective that waits for a lost rank fails.
+
+    Raises:
+        ConfigError: the layout does not fit the number of ranks.
+    """
+    starts_group = not dist.is_initialized()
+    layout.check(world_size=world_size_from_environment() if starts_group else dist.get_world_size())
+    from megatron.core import parallel_state, tensor_parallel
+
+    cpu_runtime.install()
+    if starts_group:
+        _init_process_group(timedelta(seconds=timeout_s))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline
+    )
+    try:
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        if starts_group:
+            dist.destroy_process_group()
+
+
+def _init_process_group(timeout: timedelta) -> None:
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        # One process without a launcher needs no address to meet at.
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+
+
+def is_rank_zero() -> bool:
+    """Whether this process speaks for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def run_on_rank_zero(function: Callable[[], Result]) -> Result:
+    """Call `function` on rank 0 alone; every rank returns its result, or raises its error.
+
+    An error that only rank 0 saw would leave the others waiting in the next collective.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except (McoreSpecError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def require_transformer_engine() -> None:
+    """Fail with the remedy where Transformer Engine is asked for and not installed.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "transformer_impl = transformer_engine needs NVIDIA Transformer Engine: "
+            f"pip install 'mcore-spec[gpu]', or choose transformer_impl = local ({error})"
+        ) from error

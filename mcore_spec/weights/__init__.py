@@ -1,0 +1,1 @@
+"""Weight names in every layout, and streaming them in and out."""

@@ -1,0 +1,100 @@
+"""Names of the base's weights: one row a tensor, read in both directions.
+
+The left name is megatron-core's (a `GPTModel` with the local layer spec), the right ones Hugging Face's.
+``{i}`` is the layer, counted over the whole model on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from mcore_spec.config import BaseArchitecture, Family
+from mcore_spec.weights.cuts import Columns, Cut, GateUp, QueryKeyValue, Replicated, Vocabulary
+
+
+class Row(NamedTuple):
+    """One tensor of the base.
+
+    Attributes:
+        megatron: name in the `GPTModel`.
+        stored: name or names in the files.
+        cut: how the one becomes the other.
+    """
+
+    megatron: str
+    stored: tuple[str, ...]
+    cut: Cut
+
+
+_REPLICATED, _COLUMNS, _VOCABULARY, _QKV, _GATE_UP = (
+    Replicated(),
+    Columns(),
+    Vocabulary(),
+    QueryKeyValue(),
+    GateUp(),
+)
+
+_EMBEDDING = Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), _VOCABULARY)
+_FINAL_NORM = Row("decoder.final_layernorm.weight", ("model.norm.weight",), _REPLICATED)
+_HEAD = Row("output_layer.weight", ("lm_head.weight",), _VOCABULARY)
+
+# Rows of a decoder layer, below "decoder.layers.{i}." and "model.layers.{i}.".
+_LAYER = (
+    Row("input_layernorm.weight", ("input_layernorm.weight",), _REPLICATED),
+    Row("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), _COLUMNS),
+    Row("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), _REPLICATED),
+    Row("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), _COLUMNS),
+)
+_SEPARATE = (
+    Row(
+        "self_attention.linear_qkv.weight",
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        _QKV,
+    ),
+    Row("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), _GATE_UP),
+)
+_STACKED = (
+    Row("self_attention.linear_qkv.weight", ("self_attn.qkv_proj.weight",), _QKV),
+    Row("mlp.linear_fc1.weight", ("mlp.gate_up_proj.weight",), _GATE_UP),
+)
+_QKV_BIAS = (
+    Row(
+        "self_attention.linear_qkv.bias",
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+        _QKV,
+    ),
+)
+_QK_NORM = (
+    Row("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), _REPLICATED),
+    Row("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), _REPLICATED),
+)
+
+LAYER_ROWS: dict[Family, tuple[Row, ...]] = {
+    "llama": _LAYER + _SEPARATE,
+    "mistral": _LAYER + _SEPARATE,
+    "phi3": _LAYER + _STACKED,
+    "qwen2": _LAYER + _SEPARATE + _QKV_BIAS,
+    "qwen3": _LAYER + _SEPARATE + _QK_NORM,
+}
+
+# With Transformer Engine a norm lives in the linear layer behind it.
+TRANSFORMER_ENGINE_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+def base_rows(base: BaseArchitecture) -> Iterator[Row]:
+    """Every tensor of the base, in the order in which files keep them."""
+    yield _EMBEDDING
+    for layer in range(base.num_layers):
+        for row in LAYER_ROWS[base.family]:
+            yield Row(
+                f"decoder.layers.{layer}.{row.megatron}",
+                tuple(f"model.layers.{layer}.{name}" for name in row.stored),
+                row.cut,
+            )
+    yield _FINAL_NORM
+    if not base.tie_word_embeddings:
+        yield _HEAD

@@ -1,0 +1,211 @@
+"""Hugging Face's ``config.json`` and our description of a base, in both directions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from mcore_spec.config import BaseArchitecture, DtypeName, Family, RopeConfig
+from mcore_spec.errors import ConfigError, UnsupportedError
+
+# Hugging Face's architecture class -> our family, and what that family always has.
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Phi3ForCausalLM": "phi3",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+# Files beside the weights that a checkpoint carries along, so that training and export need no source.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES)
+
+
+def locate(path_or_hub_id: str) -> Path:
+    """A local directory, or the snapshot of a hub repository (downloaded if it is not cached).
+
+    Raises:
+        ConfigError: neither.
+    """
+    local = Path(path_or_hub_id)
+    if local.is_dir():
+        return local
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=list(HUB_PATTERNS)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"pretrained_model_path = {path_or_hub_id!r} is no local directory, and the hub did not give it "
+            f"({reason}); check the name, or download the model first and give its directory"
+        ) from error
+
+
+def read_hf_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` as it is written.
+
+    Raises:
+        ConfigError: missing or no JSON.
+    """
+    path = directory / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{directory} has no config.json; give the directory of a Hugging Face model") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+
+
+def describe_hf(raw: dict[str, Any], *, where: str) -> BaseArchitecture:
+    """Our description of a Hugging Face configuration; refuses by name what it cannot say exactly.
+
+    Args:
+        raw: ``config.json``.
+        where: its place, for errors.
+
+    Raises:
+        UnsupportedError: another architecture, or a feature that is not represented.
+        ConfigError: values that transformers refuses.
+    """
+    architecture = (raw.get("architectures") or [None])[0]
+    if architecture not in FAMILIES:
+        raise UnsupportedError(
+            f"{where}: architectures = {architecture!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[architecture]
+    config = _parse(raw, where=where)
+    for field in ("attention_bias", "mlp_bias", "quantization_config"):
+        if raw.get(field):
+            raise UnsupportedError(f"{where}: {field} = {raw[field]!r} is not represented; use a model without it")
+    window, windowed = _windows(config)
+    return BaseArchitecture.parse(
+        {
+            "family": family,
+            "num_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads or config.num_attention_heads,
+            "head_dim": config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads,
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.max_position_embeddings,
+            "rms_norm_eps": config.rms_norm_eps,
+            "hidden_act": config.hidden_act,
+            "tie_word_embeddings": config.tie_word_embeddings,
+            "qkv_bias": family == "qwen2",
+            "qk_norm": family == "qwen3",
+            "rope": _rope(config, where=where),
+            "window_size": window,
+            "windowed_layers": windowed,
+            "dtype": _dtype(raw, where=where),
+        },
+        where=where,
+    )
+
+
+def _parse(raw: dict[str, Any], *, where: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.for_model(**raw)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: transformers refuses the configuration: {error}") from error
+
+
+def _rope(config: PreTrainedConfig, *, where: str) -> RopeConfig:
+    scaling = dict(config.rope_parameters)
+    theta, rope_type = scaling.pop("rope_theta"), scaling.pop("rope_type", "default")
+    partial = scaling.pop("partial_rotary_factor", 1.0)
+    if partial != 1.0:
+        raise UnsupportedError(f"{where}: partial_rotary_factor = {partial} is not represented; it must be 1")
+    scaling.pop("type", None)
+    if rope_type == "longrope" and scaling.get("factor") is None:
+        # transformers takes the ratio of the two lengths where no factor is written.
+        scaling["factor"] = config.max_position_embeddings / scaling["original_max_position_embeddings"]
+    if rope_type == "default":
+        scaling = {}
+    values = {"theta": theta, "rope_type": rope_type, "scaling": scaling}
+    return RopeConfig.parse(values, where=f"{where}: rope_parameters")
+
+
+def _windows(config: PreTrainedConfig) -> tuple[int | None, tuple[bool, ...]]:
+    values = config.to_dict()
+    window, layer_types = values.get("sliding_window"), values.get("layer_types")
+    if window is None:
+        return None, ()
+    if layer_types is None:
+        return window, ()
+    windowed = tuple(kind == "sliding_attention" for kind in layer_types)
+    return (window, windowed) if any(windowed) else (None, ())
+
+
+def _dtype(raw: dict[str, Any], *, where: str) -> DtypeName:
+    name = raw.get("dtype") or raw.get("torch_dtype")
+    if name is None:
+        raise ConfigError(f"{where}: no dtype (torch_dtype) is given; add the dtype of the stored weights to it")
+    return name
+
+
+def to_hf_config(base: BaseArchitecture) -> dict[str, Any]:
+    """A ``config.json`` for a base that came without one (a Megatron-LM checkpoint).
+
+    Raises:
+        UnsupportedError: a combination of features that no family has.
+    """
+    family = hf_family(base)
+    names = {ours: theirs for theirs, ours in FAMILIES.items()}
+    values: dict[str, Any] = {
+        "architectures": [names[family]],
+        "model_type": family,
+        "hidden_size": base.hidden_size,
+        "intermediate_size": base.intermediate_size,
+        "num_hidden_layers": base.num_layers,
+        "num_attention_heads": base.num_attention_heads,
+        "num_key_value_heads": base.num_key_value_heads,
+        "head_dim": base.head_dim,
+        "hidden_act": base.hidden_act,
+        "rms_norm_eps": base.rms_norm_eps,
+        "vocab_size": base.vocab_size,
+        "max_position_embeddings": base.max_position_embeddings,
+        "tie_word_embeddings": base.tie_word_embeddings,
+        "rope_parameters": base.rope.to_hf(),
+        "rope_theta": base.rope.theta,
+        "dtype": base.dtype,
+    }
+    if family == "mistral":
+        values["sliding_window"] = base.window_size
+    return values
+
+
+def hf_family(base: BaseArchitecture) -> Family:
+    """The family whose Hugging Face class has this base's features.
+
+    Raises:
+        UnsupportedError: none has.
+    """
+    if base.family != "megatron":
+        return base.family
+    if base.windowed_layers or (base.window_size is not None and (base.qkv_bias or base.qk_norm)):
+        raise UnsupportedError(
+            "windowed_layers with qkv_bias or qk_norm: no supported family has this combination of features"
+        )
+    if base.qkv_bias and base.qk_norm:
+        raise UnsupportedError("qkv_bias and qk_norm together: no supported Hugging Face family has both")
+    if base.qkv_bias:
+        return "qwen2"
+    if base.qk_norm:
+        return "qwen3"
+    return "llama" if base.window_size is None else "mistral"

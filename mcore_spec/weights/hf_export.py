@@ -1,0 +1,122 @@
+"""Writing the base as Hugging Face files, one tensor at a time, each pipeline stage its own files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mcore_spec.bases.megatron import MegatronBase
+from mcore_spec.bases.megatron_build import DTYPES
+from mcore_spec.config import BaseArchitecture
+from mcore_spec.parallel.layout import is_rank_zero
+from mcore_spec.weights.families import Row, base_rows
+from mcore_spec.weights.hf_config import hf_family
+from mcore_spec.weights.hf_import import local_rows
+from mcore_spec.weights.safetensors_io import INDEX_NAME, SINGLE_NAME, TensorSpec, safetensors_writer
+
+MAX_FILE_BYTES = 5 * 10**9
+
+
+def export_base(base: MegatronBase, directory: Path) -> None:
+    """Write every weight of the base; all ranks of the first data-parallel replica take part.
+
+    Args:
+        base: this rank's part.
+        directory: exists; receives one file or several with an index.
+    """
+    rows = _rows(base)
+    own = [_specs(row, base.architecture) for row, _ in rows]
+    sizes = [sum(spec.num_bytes for spec in specs) for specs in own]
+    files = _pack(sizes)
+    counts: list[int] = [0] * base.num_stages
+    dist.all_gather_object(counts, len(files), group=base.pp_group)
+    first, total = sum(counts[: base.stage]), sum(counts)
+    weight_map: dict[str, str] = {}
+    for number, indices in enumerate(files, start=first + 1):
+        file_name = SINGLE_NAME if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+        specs = [spec for index in indices for spec in own[index]]
+        weight_map |= {spec.name: file_name for spec in specs}
+        tensors = (pair for index in indices for pair in _whole(base, *rows[index]))
+        _write(base, directory / file_name, specs, tensors)
+    maps: list[dict[str, str]] = [{}] * base.num_stages
+    dist.all_gather_object(maps, weight_map, group=base.pp_group)
+    totals: list[int] = [0] * base.num_stages
+    dist.all_gather_object(totals, sum(sizes), group=base.pp_group)
+    if total > 1 and is_rank_zero():
+        index = {
+            "metadata": {"total_size": sum(totals)},
+            "weight_map": {name: file for stage in maps for name, file in stage.items()},
+        }
+        (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _rows(base: MegatronBase) -> list[tuple[Row, Tensor]]:
+    """This stage's rows; a tied head is not written a second time."""
+    architecture = base.architecture.model_copy(update={"family": hf_family(base.architecture)})
+    rows = [(row, tensor) for row, name, tensor in local_rows(base.model, architecture)]
+    if base.architecture.tie_word_embeddings and not base.is_first_stage:
+        embedding = next(iter(base_rows(architecture)))
+        rows = [pair for pair in rows if pair[0] != embedding]
+    return rows
+
+
+def _specs(row: Row, base: BaseArchitecture) -> list[TensorSpec]:
+    """What the row writes: shapes follow from the architecture alone, so every rank knows them."""
+    hidden, dtype = base.hidden_size, DTYPES[base.dtype]
+    query, kv = base.num_attention_heads * base.head_dim, base.num_key_value_heads * base.head_dim
+    suffix = row.megatron.split(".", 3)[-1] if row.megatron.startswith("decoder.layers.") else row.megatron
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "embedding.word_embeddings.weight": [(base.vocab_size, hidden)],
+        "output_layer.weight": [(base.vocab_size, hidden)],
+        "self_attention.linear_proj.weight": [(hidden, query)],
+        "mlp.linear_fc2.weight": [(hidden, base.intermediate_size)],
+        "self_attention.linear_qkv.weight": [(query, hidden), (kv, hidden), (kv, hidden)],
+        "self_attention.linear_qkv.bias": [(query,), (kv,), (kv,)],
+        "mlp.linear_fc1.weight": [(base.intermediate_size, hidden)] * 2,
+        "self_attention.q_layernorm.weight": [(base.head_dim,)],
+        "self_attention.k_layernorm.weight": [(base.head_dim,)],
+    }
+    own = shapes.get(suffix, [(hidden,)])
+    if len(row.stored) < len(own):
+        own = [(sum(shape[0] for shape in own), *own[0][1:])]
+    return [TensorSpec(name, dtype, shape) for name, shape in zip(row.stored, own, strict=True)]
+
+
+def _pack(sizes: list[int]) -> list[list[int]]:
+    """Consecutive rows into files of at most `MAX_FILE_BYTES` (one row may exceed it)."""
+    files: list[list[int]] = [[]]
+    filled = 0
+    for index, size in enumerate(sizes):
+        if files[-1] and filled + size > MAX_FILE_BYTES:
+            files.append([])
+            filled = 0
+        files[-1].append(index)
+        filled += size
+    return files
+
+
+@torch.no_grad()
+def _whole(base: MegatronBase, row: Row, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The row's stored tensors, gathered over the tensor-parallel group."""
+    parts = [tensor.detach()]
+    if base.tp.size > 1:
+        parts = [torch.empty_like(tensor) for _ in range(base.tp.size)]
+        dist.all_gather(parts, tensor.detach().contiguous(), group=base.tp.group)
+    whole = row.cut.join(parts, len(row.stored), base.architecture)
+    yield from zip(row.stored, whole, strict=True)
+
+
+def _write(base: MegatronBase, path: Path, specs: list[TensorSpec], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """One rank of the group writes; the others only take part in gathering."""
+    if base.tp.rank > 0:
+        for _ in tensors:
+            pass
+        return
+    with safetensors_writer(path, specs) as writer:
+        for name, tensor in tensors:
+            writer.write(name, tensor)

@@ -1,0 +1,1 @@
+"""Scripts around the package: environment, demo model, style checker. Not installed."""

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change is merged: format, lint, types, style, tests. Stops at the
+# first failure; the last line is the closing line of the last pytest run.
+set -euo pipefail
+
+if (($#)); then
+    echo "usage: tools/test.sh   (no arguments; for one test, run pytest itself)" >&2
+    exit 2
+fi
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$REPOSITORY"
+
+prepare_environment dev
+install_demo_weights
+
+# A fixed number, so that sums are reduced in the same order on every machine; two, and passive waiting,
+# because the ranks of a parallel test share few cores. The workers of the rank pool set one themselves.
+export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE
+# A test that reaches for a model hub is a test that fails without a network.
+export HF_HUB_OFFLINE=1
+
+announce() {
+    printf '\n[test] %s\n' "$*"
+}
+
+step() {
+    local start=$SECONDS
+    announce "$*"
+    if ! "$@"; then
+        printf '[test] FAILED after %d s: %s\n' $((SECONDS - start)) "$*" >&2
+        exit 1
+    fi
+    printf '[test] ok, %d s\n' $((SECONDS - start))
+}
+
+step python -m ruff format --check .
+step python -m ruff check .
+step python -m mypy
+step python tools/check_style.py
+step python -m pytest tests/unit
+# Last and bare: its closing line, with its time in it, is the last line of all.
+announce python -m pytest tests/parity tests/parallel tests/e2e
+python -m pytest tests/parity tests/parallel tests/e2e
