@@ -75,6 +75,7 @@ def parse_mode(mode: Mode) -> tuple[str, StrictConfig]:
     Raises:
         ConfigError: not one of the forms, an unknown algorithm, or a configuration that does not validate.
     """
+    values: Mapping[str, Any] | StrictConfig
     if isinstance(mode, str):
         name, values = mode, {}
     elif isinstance(mode, Mapping):
@@ -188,7 +189,8 @@ def check_convertible(config: StrictConfig, d2t: Tensor | None) -> None:
     if not isinstance(config, EagleConfig):
         return
     architecture = config.eagle_architecture_config
-    assert architecture.draft_vocab_size is not None and architecture.vocab_size is not None
+    assert architecture.draft_vocab_size is not None
+    assert architecture.vocab_size is not None
     if architecture.draft_vocab_size < architecture.vocab_size and d2t is None:
         raise ConfigError(
             f"draft_vocab_size = {architecture.draft_vocab_size} is smaller than the base's vocabulary of "

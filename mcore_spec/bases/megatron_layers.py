@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
@@ -123,13 +123,13 @@ class BaseRotaryEmbedding(nn.Module):
     def get_rotary_seq_len(
         self,
         _inference_context: object,
-        transformer: nn.Module,
+        transformer: TransformerBlock,
         transformer_input: Tensor | None,
         config: TransformerConfig,
         _packed_seq_params: object = None,
     ) -> int:
         """Whole sequence length from this rank's part of the hidden states."""
-        received = transformer.input_tensor
+        received: Tensor | None = transformer.input_tensor
         hidden = transformer_input if received is None else received
         assert hidden is not None, "the first stage has an embedding, the others a received tensor"
         shards = config.tensor_model_parallel_size if config.sequence_parallel else 1

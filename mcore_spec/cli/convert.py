@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 
 from mcore_spec.bases.megatron import MegatronBase
@@ -20,13 +22,24 @@ from mcore_spec.checkpoint.store import (
 )
 from mcore_spec.cli.arguments import ConvertArguments, ParallelArguments
 from mcore_spec.cli.terminal import say
-from mcore_spec.config import BaseIdentity, EagleConfig, StrictConfig
-from mcore_spec.convert import ALGORITHMS, check_convertible, convert, parse_mode, with_draft_vocabulary
+from mcore_spec.config import BaseIdentity, EagleConfig, StrictConfig, eagle_preset
+from mcore_spec.convert import (
+    ALGORITHMS,
+    check_convertible,
+    convert,
+    parse_mode,
+    with_draft_vocabulary,
+)
+from mcore_spec.drafts.draft import Draft
+from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.vocab_map import load_draft_to_target
 from mcore_spec.errors import CheckpointError, ConfigError
 from mcore_spec.export.draft import algorithm_name
-from mcore_spec.parallel.layout import Layout, is_rank_zero, parallel_runtime, run_on_rank_zero
+from mcore_spec.parallel.layout import Layout, parallel_runtime, run_on_rank_zero
+from mcore_spec.parallel.sharding import sharded_tensors, whole_shape
+from mcore_spec.weights.families import base_rows
 from mcore_spec.weights.hf_config import TOKENIZER_FILES, describe_hf, locate, read_hf_config
+from mcore_spec.weights.hf_export import stored_specs
 from mcore_spec.weights.hf_import import check_names, import_hf
 from mcore_spec.weights.safetensors_io import WeightDirectory
 
@@ -63,10 +76,9 @@ def run(arguments: ConvertArguments) -> None:
         if mode is not None:
             convert(model, [mode], d2t=d2t, seed=arguments.seed)
         record = make_record(model, source.record.identity)
-        _report(model, arguments)
+        _report(model)
         path = save_checkpoint(model, save, record, tokenizer_files=source.tokenizer_files)
-        if is_rank_zero():
-            say(f"saved {path}")
+        say(f"saved {path}")
 
 
 def layout_of(arguments: ParallelArguments) -> Layout:
@@ -129,8 +141,6 @@ def _mode(arguments: ConvertArguments) -> tuple[str, StrictConfig] | None:
             "medusa_num_layers": arguments.export_num_medusa_layers,
         }
         return parse_mode([("medusa", values)])
-    from mcore_spec.config import eagle_preset
-
     values = eagle_preset(arguments.export_eagle_algorithm)["config"]
     if arguments.eagle_config is not None:
         values = _merge_eagle_file(values, arguments)
@@ -191,49 +201,32 @@ def _load_base(arguments: ConvertArguments, source: Source, layout: Layout) -> B
     return model
 
 
-def _report(model: BaseGPTModel, arguments: ConvertArguments) -> None:
-    """What was attached, in numbers; the last stage knows, rank 0 says."""
-    import torch.distributed as dist
-
+def _report(model: BaseGPTModel) -> None:
+    """What was attached, in numbers; the last stage knows the draft, rank 0 says it."""
     base = MegatronBase(model)
     draft = base.draft()
-    line = None
-    if draft is not None:
-        line = _describe_draft(base)
-    lines: list[tuple[str | None, int]] = [(None, 0)] * dist.get_world_size()
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    dist.all_gather_object(lines, (line, num_bytes))
-    if not is_rank_zero():
-        return
+    facts: list[tuple[str | None, int]] = [(None, 0)] * dist.get_world_size()
+    dist.all_gather_object(facts, (None if draft is None else _describe_draft(draft), num_bytes))
     architecture = base.architecture
+    frozen = sum(math.prod(spec.shape) for row in base_rows(architecture) for spec in stored_specs(row, architecture))
     say(
         f"base: {architecture.family}, {architecture.num_layers} layers, hidden {architecture.hidden_size}, "
-        f"vocabulary {architecture.vocab_size}, {architecture.dtype}"
+        f"vocabulary {architecture.vocab_size:,}, {architecture.dtype}; {frozen:,} parameters"
+        + ("" if any(p.requires_grad for p in model.decoder.parameters()) else ", frozen")
     )
-    for text in dict.fromkeys(text for text, _ in lines if text is not None):
-        say(text)
-    sizes = [size for _, size in lines]
-    say(f"bytes a rank: {min(sizes):,} to {max(sizes):,}" if len(set(sizes)) > 1 else f"bytes a rank: {sizes[0]:,}")
+    for line in dict.fromkeys(line for line, _ in facts if line is not None):
+        say(line)
+    sizes = sorted({size for _, size in facts})
+    say(f"bytes a rank: {' to '.join(f'{size:,}' for size in dict.fromkeys((sizes[0], sizes[-1])))}")
 
 
-def _describe_draft(base: MegatronBase) -> str:
-    from mcore_spec.drafts.eagle3 import Eagle3Draft
-    from mcore_spec.parallel.sharding import sharded_tensors, whole_shape
-
-    draft = base.draft()
-    assert draft is not None
-    trained = sum(
-        _product(whole_shape(entry, draft.tp)) for entry in sharded_tensors(draft) if entry.tensor.requires_grad
+def _describe_draft(draft: Draft) -> str:
+    num_trained = sum(
+        math.prod(whole_shape(entry, draft.tp)) for entry in sharded_tensors(draft) if entry.tensor.requires_grad
     )
-    text = f"draft: {algorithm_name(draft)}, {trained:,} parameters trained, base frozen"
+    text = f"draft: {algorithm_name(draft)}; {num_trained:,} parameters, trained"
     if isinstance(draft, Eagle3Draft):
-        vocabulary = draft.architecture.draft_vocab_size
-        text += f"; aux layers {', '.join(map(str, draft.aux_layer_ids))}; draft vocabulary {vocabulary:,}"
+        layers = ", ".join(map(str, draft.aux_layer_ids))
+        text += f"; aux layers {layers} (0-based, by output); draft vocabulary {draft.architecture.draft_vocab_size:,}"
     return text
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -11,7 +11,7 @@ from mcore_spec.cli.terminal import say
 from mcore_spec.errors import CheckpointError
 from mcore_spec.export.base import export_base_directory
 from mcore_spec.export.draft import export_draft
-from mcore_spec.parallel.layout import is_rank_zero, parallel_runtime, run_on_rank_zero
+from mcore_spec.parallel.layout import parallel_runtime, run_on_rank_zero
 
 
 def run(arguments: ExportArguments) -> None:
@@ -41,5 +41,4 @@ def run(arguments: ExportArguments) -> None:
                 tokenizer_path=checkpoint.tokenizer_path,
                 overwrite=arguments.overwrite,
             )
-        if is_rank_zero():
-            say(f"exported {directory}")
+        say(f"exported {directory}")

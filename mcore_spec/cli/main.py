@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import pkgutil
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +26,16 @@ PROG = "mcore-spec"
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+# What megatron-core and torch say at every start about themselves (optional extensions that are not
+# installed, functions of each other's that they deprecate); nothing a user of a command could change.
+_DEPENDENCY_WARNINGS = (
+    "Apex is not installed",
+    "Transformer Engine and Apex are not installed",
+    "full scope is deprecated",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
+)
 
 
 class Command(NamedTuple):
@@ -94,6 +105,8 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
         return 2
     except SystemExit:  # --help was asked for, and printed
         return 0
+    for message in _DEPENDENCY_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     try:
         command.load()(arguments)
     except McoreSpecError as error:

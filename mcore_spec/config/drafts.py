@@ -84,7 +84,7 @@ class EagleArchitectureConfig(StrictConfig):
         0.02, gt=0, description="Standard deviation of randomly initialised weight matrices."
     )
     # Accepted for ModelOpt's files; only the value that means "off" can be represented.
-    attention_dropout: Literal[0, 0.0] = Field(0.0, description="Must be 0: drafts have no dropout.")
+    attention_dropout: float = Field(0.0, ge=0, le=0, description="Must be 0: drafts have no dropout.")
     position_embedding_type: Literal["rope"] = Field("rope", description="Must be 'rope'.")
     torch_dtype: str | None = Field(None, description="Must be the base's dtype or absent.")
     parallel_draft_step: Literal[1] = Field(1, description="Must be 1: parallel drafting is not built yet.")

@@ -107,9 +107,13 @@ class MedusaDraft(Draft):
             MedusaHead(config.medusa_num_layers, base, **args) for _ in range(config.medusa_num_heads)
         )
 
+    def medusa_heads(self) -> list[MedusaHead]:
+        """The heads, in the order of the tokens that they predict."""
+        return [head for head in self.heads if isinstance(head, MedusaHead)]
+
     def own_heads(self) -> list[VocabularyHead]:
         """One a head."""
-        return [head.lm_head for head in self.heads]
+        return [head.lm_head for head in self.medusa_heads()]
 
     def head_token_ids(self) -> Tensor:
         """The whole base vocabulary."""
@@ -119,10 +123,9 @@ class MedusaDraft(Draft):
     @torch.no_grad()
     def init_weights(self, *, seed: int) -> None:
         """Zero residual blocks, as in the paper: an untrained head is the base's; `seed` is not needed."""
-        for head in self.heads:
-            for block in head.blocks:
-                block.linear.weight.zero_()
-                block.linear.bias.zero_()
+        for name, parameter in self.heads.named_parameters():
+            if ".blocks." in name:
+                parameter.zero_()
 
     def forward(self, features: Tensor) -> list[Tensor]:
         """Logits of every head.

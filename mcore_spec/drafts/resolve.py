@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mcore_spec.config import (
     BaseArchitecture,
     EagleArchitectureConfig,
@@ -27,7 +29,7 @@ def resolve_eagle(config: EagleConfig, base: BaseArchitecture) -> EagleConfig:
     architecture = config.eagle_architecture_config
     _check_base_owned(architecture, base)
     rope = resolve_rope(architecture, base)
-    values = {
+    values: dict[str, Any] = {
         "intermediate_size": base.intermediate_size,
         "num_attention_heads": base.num_attention_heads,
         "num_key_value_heads": base.num_key_value_heads,
@@ -100,7 +102,9 @@ def _check_base_owned(architecture: EagleArchitectureConfig, base: BaseArchitect
 def _check_sizes(architecture: EagleArchitectureConfig, base: BaseArchitecture) -> None:
     draft_vocab, heads = architecture.draft_vocab_size, architecture.num_attention_heads
     kv_heads = architecture.num_key_value_heads
-    assert draft_vocab is not None and heads is not None and kv_heads is not None
+    assert draft_vocab is not None
+    assert heads is not None
+    assert kv_heads is not None
     if draft_vocab > base.vocab_size:
         raise ConfigError(
             f"draft_vocab_size = {draft_vocab} is larger than the base's vocabulary of {base.vocab_size}; "

@@ -47,7 +47,7 @@ def base_config(record: CheckpointRecord) -> dict[str, Any]:
     config = record.identity.hf_config
     if not config:
         return to_hf_config(record.base)
-    dtypes = {name: record.base.dtype for name in ("dtype", "torch_dtype") if name in config}
+    dtypes: dict[str, str] = {name: record.base.dtype for name in ("dtype", "torch_dtype") if name in config}
     return {**config, **dtypes}
 
 

@@ -203,7 +203,7 @@ def _plan_speculators(draft: Eagle3Draft, record: CheckpointRecord) -> ExportPla
 
 
 _TENSORRT_LLM_YAML = f"""\
-# trtllm-serve BASE --extra_llm_api_options extra_llm_api.yaml
+# From this directory: trtllm-serve BASE --extra_llm_api_options extra_llm_api.yaml
 speculative_config:
   decoding_type: Eagle
   max_draft_len: {NUM_DRAFT_TOKENS}
@@ -221,5 +221,6 @@ def serving_commands(vllm_method: str) -> dict[str, str]:
             f"--speculative-draft-model-path {{draft}} --speculative-num-steps {NUM_DRAFT_TOKENS} "
             f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {NUM_DRAFT_TOKENS + 1}"
         )
-        commands["TensorRT-LLM"] = "trtllm-serve {base} --extra_llm_api_options {draft}/extra_llm_api.yaml"
+        # The file names the draft relatively, so that the directory can move.
+        commands["TensorRT-LLM"] = "cd {draft} && trtllm-serve {base} --extra_llm_api_options extra_llm_api.yaml"
     return commands

@@ -72,5 +72,5 @@ def install() -> None:
     megatron_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = _set_rng_state
     # LanguageModule copies the tied embedding with `.cuda()` before it reduces it over the stages.
-    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign]
     _installed = True

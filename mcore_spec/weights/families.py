@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mcore_spec.config import BaseArchitecture, Family
+from mcore_spec.errors import UnsupportedError
 from mcore_spec.weights.cuts import Columns, Cut, GateUp, QueryKeyValue, Replicated, Vocabulary
 
 
@@ -89,7 +90,7 @@ def base_rows(base: BaseArchitecture) -> Iterator[Row]:
     """Every tensor of the base, in the order in which files keep them."""
     yield _EMBEDDING
     for layer in range(base.num_layers):
-        for row in LAYER_ROWS[base.family]:
+        for row in LAYER_ROWS[hf_family(base)]:
             yield Row(
                 f"decoder.layers.{layer}.{row.megatron}",
                 tuple(f"model.layers.{layer}.{name}" for name in row.stored),
@@ -98,3 +99,24 @@ def base_rows(base: BaseArchitecture) -> Iterator[Row]:
     yield _FINAL_NORM
     if not base.tie_word_embeddings:
         yield _HEAD
+
+
+def hf_family(base: BaseArchitecture) -> Family:
+    """The family whose Hugging Face class has this base's features.
+
+    Raises:
+        UnsupportedError: none has.
+    """
+    if base.family != "megatron":
+        return base.family
+    if base.windowed_layers or (base.window_size is not None and (base.qkv_bias or base.qk_norm)):
+        raise UnsupportedError(
+            "windowed_layers with qkv_bias or qk_norm: no supported family has this combination of features"
+        )
+    if base.qkv_bias and base.qk_norm:
+        raise UnsupportedError("qkv_bias and qk_norm together: no supported Hugging Face family has both")
+    if base.qkv_bias:
+        return "qwen2"
+    if base.qk_norm:
+        return "qwen3"
+    return "llama" if base.window_size is None else "mistral"

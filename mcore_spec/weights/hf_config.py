@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from mcore_spec.config import BaseArchitecture, DtypeName, Family, RopeConfig
 from mcore_spec.errors import ConfigError, UnsupportedError
+from mcore_spec.weights.families import hf_family
 
 # Hugging Face's architecture class -> our family, and what that family always has.
 FAMILIES: dict[str, Family] = {
@@ -188,24 +189,3 @@ def to_hf_config(base: BaseArchitecture) -> dict[str, Any]:
     if family == "mistral":
         values["sliding_window"] = base.window_size
     return values
-
-
-def hf_family(base: BaseArchitecture) -> Family:
-    """The family whose Hugging Face class has this base's features.
-
-    Raises:
-        UnsupportedError: none has.
-    """
-    if base.family != "megatron":
-        return base.family
-    if base.windowed_layers or (base.window_size is not None and (base.qkv_bias or base.qk_norm)):
-        raise UnsupportedError(
-            "windowed_layers with qkv_bias or qk_norm: no supported family has this combination of features"
-        )
-    if base.qkv_bias and base.qk_norm:
-        raise UnsupportedError("qkv_bias and qk_norm together: no supported Hugging Face family has both")
-    if base.qkv_bias:
-        return "qwen2"
-    if base.qk_norm:
-        return "qwen3"
-    return "llama" if base.window_size is None else "mistral"

@@ -15,7 +15,6 @@ from mcore_spec.bases.megatron_build import DTYPES
 from mcore_spec.config import BaseArchitecture
 from mcore_spec.parallel.layout import is_rank_zero
 from mcore_spec.weights.families import Row, base_rows
-from mcore_spec.weights.hf_config import hf_family
 from mcore_spec.weights.hf_import import local_rows
 from mcore_spec.weights.safetensors_io import INDEX_NAME, SINGLE_NAME, TensorSpec, safetensors_writer
 
@@ -30,7 +29,7 @@ def export_base(base: MegatronBase, directory: Path) -> None:
         directory: exists; receives one file or several with an index.
     """
     rows = _rows(base)
-    own = [_specs(row, base.architecture) for row, _ in rows]
+    own = [stored_specs(row, base.architecture) for row, _ in rows]
     sizes = [sum(spec.num_bytes for spec in specs) for specs in own]
     files = _pack(sizes)
     counts: list[int] = [0] * base.num_stages
@@ -57,7 +56,7 @@ def export_base(base: MegatronBase, directory: Path) -> None:
 
 def _rows(base: MegatronBase) -> list[tuple[Row, Tensor]]:
     """This stage's rows; a tied head is not written a second time."""
-    architecture = base.architecture.model_copy(update={"family": hf_family(base.architecture)})
+    architecture = base.architecture
     rows = [(row, tensor) for row, name, tensor in local_rows(base.model, architecture)]
     if base.architecture.tie_word_embeddings and not base.is_first_stage:
         embedding = next(iter(base_rows(architecture)))
@@ -65,7 +64,7 @@ def _rows(base: MegatronBase) -> list[tuple[Row, Tensor]]:
     return rows
 
 
-def _specs(row: Row, base: BaseArchitecture) -> list[TensorSpec]:
+def stored_specs(row: Row, base: BaseArchitecture) -> list[TensorSpec]:
     """What the row writes: shapes follow from the architecture alone, so every rank knows them."""
     hidden, dtype = base.hidden_size, DTYPES[base.dtype]
     query, kv = base.num_attention_heads * base.head_dim, base.num_key_value_heads * base.head_dim

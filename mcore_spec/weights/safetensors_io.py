@@ -200,7 +200,7 @@ class SafetensorsWriter:
         """Append the next tensor; it must be the one announced."""
         spec = self._specs[self._next]
         assert (name, tensor.dtype, tuple(tensor.shape)) == spec, f"{name} {tensor.shape} is not {spec}"
-        self._file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        self._file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self._next += 1
 
     def close(self) -> None:
