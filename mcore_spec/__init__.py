@@ -19,7 +19,7 @@ _PUBLIC = MappingProxyType(
         "EagleConfig": "mcore_spec.config",
         "MedusaConfig": "mcore_spec.config",
         "UnsupportedError": "mcore_spec.errors",
-        "convert": "mcore_spec.convert",
+        "convert": "mcore_spec.conversion",
         "export_draft": "mcore_spec.export.draft",
         "find_checkpoint": "mcore_spec.checkpoint.store",
         "load_checkpoint": "mcore_spec.checkpoint.store",

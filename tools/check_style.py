@@ -30,7 +30,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("layers", "losses", "data"),
     ("drafts", "quantization"),
     ("bases",),
-    ("convert",),
+    ("conversion",),
     ("weights", "checkpoint"),
     ("export", "evaluation"),
     ("training",),

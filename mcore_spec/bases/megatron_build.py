@@ -11,6 +11,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from mcore_spec.bases.megatron_layers import (
@@ -33,6 +34,8 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+# What megatron-core fixes of llama3's scaling; only the factor can be chosen there.
+MEGATRON_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass
@@ -66,7 +69,13 @@ def build_gpt_model(
 
     Raises:
         ConfigError: heads, layers or widths that the layout does not divide.
+        UnsupportedError: a base with experts.
     """
+    if architecture.num_experts is not None:
+        raise UnsupportedError(
+            f"num_experts = {architecture.num_experts}: bases with experts are not built here; build the GPTModel "
+            "yourself and call convert() or restore() on it"
+        )
     check_layout(architecture, layout)
     config = transformer_config(architecture, layout)
     if transformer_impl == "transformer_engine":
@@ -99,16 +108,16 @@ def check_layout(architecture: BaseArchitecture, layout: Layout) -> None:
     Raises:
         ConfigError: names the size that does not divide.
     """
-    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        value = {
-            "num_attention_heads": architecture.num_attention_heads,
-            "num_key_value_heads": architecture.num_key_value_heads,
-            "intermediate_size": architecture.intermediate_size,
-        }[field]
+    sizes = {
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_key_value_heads": architecture.num_key_value_heads,
+        "intermediate_size": architecture.intermediate_size,
+    }
+    for field, value in sizes.items():
         if value % layout.tensor:
             raise ConfigError(
                 f"tensor_model_parallel_size = {layout.tensor} does not divide the base's {field} = {value}; "
-                f"choose a size that divides it"
+                "choose a size that divides it"
             )
     stages, last, layers = layout.pipeline, layout.last_stage_layers, architecture.num_layers
     rest, rest_stages = (layers, stages) if last is None else (layers - last, stages - 1)
@@ -188,6 +197,10 @@ def describe(model: GPTModel) -> BaseArchitecture:
     _require(not config.rotary_interleaved, "rotary_interleaved = True")
     _require(not config.multi_latent_attention, "multi_latent_attention = True")
     window = None if config.window_size is None else config.window_size[0] + 1
+    windowed = [
+        is_layer_window_attention(config.window_size, config.window_attn_skip_freq, number)
+        for number in range(1, config.num_layers + 1)
+    ]
     return BaseArchitecture(
         family="megatron",
         num_layers=config.num_layers,
@@ -205,7 +218,8 @@ def describe(model: GPTModel) -> BaseArchitecture:
         qk_norm=config.qk_layernorm,
         rope=_describe_rope(model),
         window_size=window,
-        windowed_layers=tuple(bool(on) for on in config.window_attn_skip_freq or ()),
+        windowed_layers=() if all(windowed) or window is None else tuple(windowed),
+        num_experts=config.num_moe_experts,
         dtype=next(name for name, dtype in DTYPES.items() if dtype is config.params_dtype),
     )
 
@@ -223,24 +237,14 @@ def _activation_name(function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _describe_rope(model: GPTModel) -> RopeConfig:
-    theta = float(model.rotary_base)
-    plain = RopeConfig(theta=theta)
-    head_dim = model.config.kv_channels
-    actual = model.rotary_pos_emb.inv_freq.float().cpu()
-    candidates = [plain]
+    """Plain or llama3 rotary embedding, recognised by the frequencies themselves."""
+    head_dim, actual = model.config.kv_channels, model.rotary_pos_emb.inv_freq.float().cpu()
+    rope = RopeConfig(theta=float(model.rotary_base))
     if model.rotary_scaling:
-        # The model keeps no record of the factor; its lowest frequency is the plain one divided by it.
-        expected = rotary_frequencies(plain, head_dim, beyond_original=False).inv_freq
-        factor = float(expected[-1] / actual[-1])
-        scaling = {
-            "factor": round(factor, 3),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-        candidates = [RopeConfig(theta=theta, rope_type="llama3", scaling=scaling)]
-    for rope in candidates:
-        frequencies = rotary_frequencies(rope, head_dim, beyond_original=False).inv_freq
-        if torch.allclose(frequencies, actual, rtol=1e-6):
-            return rope
-    raise UnsupportedError("the GPTModel's rotary frequencies follow neither rotary_base alone nor llama3 scaling")
+        # The model keeps no record of the factor: its lowest frequency is the plain one divided by it.
+        plain = rotary_frequencies(rope, head_dim, beyond_original=False).inv_freq
+        scaling = {**MEGATRON_LLAMA3, "factor": round(float(plain[-1] / actual[-1]), 3)}
+        rope = RopeConfig(theta=rope.theta, rope_type="llama3", scaling=scaling)
+    if not torch.allclose(rotary_frequencies(rope, head_dim, beyond_original=False).inv_freq, actual, rtol=1e-6):
+        raise UnsupportedError("the GPTModel's rotary frequencies follow neither rotary_base nor llama3 scaling")
+    return rope

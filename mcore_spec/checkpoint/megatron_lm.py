@@ -9,16 +9,24 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 
-from mcore_spec.checkpoint.record import CheckpointRecord
+from mcore_spec.bases.megatron_build import MEGATRON_LLAMA3
+from mcore_spec.checkpoint.record import STORAGE_ERRORS, CheckpointRecord, storage_reason
 from mcore_spec.config import BaseArchitecture, BaseIdentity, RopeConfig
 from mcore_spec.errors import CheckpointError, UnsupportedError
 
 
 def megatron_lm_common(base: BaseArchitecture, iteration: int) -> dict[str, Any]:
-    """What Megatron-LM looks for beside the weights."""
-    scaling = base.rope.scaling
+    """What Megatron-LM looks for beside the weights.
+
+    Its arguments are left out where they could not say the base's rotary embedding: taking them from the
+    checkpoint would build another model without a word.
+    """
+    is_scaled = base.rope.rope_type == "llama3"
+    common = {"checkpoint_version": 3.0, "iteration": iteration}
+    fixed = {name: base.rope.scaling.get(name) for name in MEGATRON_LLAMA3}
+    if base.rope.rope_type not in ("default", "llama3") or (is_scaled and fixed != MEGATRON_LLAMA3):
+        return common
     args = argparse.Namespace(
         num_layers=base.num_layers,
         hidden_size=base.hidden_size,
@@ -32,8 +40,10 @@ def megatron_lm_common(base: BaseArchitecture, iteration: int) -> dict[str, Any]
         position_embedding_type="rope",
         rotary_base=int(base.rope.theta) if base.rope.theta.is_integer() else base.rope.theta,
         rotary_percent=1.0,
-        use_rope_scaling=base.rope.rope_type == "llama3",
-        rope_scaling_factor=scaling.get("factor", 8.0) if base.rope.rope_type == "llama3" else 8.0,
+        use_rope_scaling=is_scaled,
+        rope_scaling_factor=base.rope.scaling["factor"] if is_scaled else 8.0,
+        window_size=None if base.window_size is None else (base.window_size - 1, 0),
+        window_attn_skip_freq=[int(on) for on in base.windowed_layers] or None,
         normalization="RMSNorm",
         norm_epsilon=base.rms_norm_eps,
         swiglu=base.hidden_act == "silu",
@@ -46,7 +56,7 @@ def megatron_lm_common(base: BaseArchitecture, iteration: int) -> dict[str, Any]
         params_dtype=getattr(torch, base.dtype),
         iteration=iteration,
     )
-    return {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
+    return {"args": args, **common}
 
 
 def megatron_lm_record(path: Path) -> CheckpointRecord:
@@ -58,25 +68,23 @@ def megatron_lm_record(path: Path) -> CheckpointRecord:
     """
     try:
         common = dist_checkpointing.load_common_state_dict(str(path))
-    except (CheckpointingException, RuntimeError, OSError, EOFError) as error:
-        raise CheckpointError(f"{path} could not be read: {error}") from error
+    except STORAGE_ERRORS as error:
+        raise CheckpointError(f"{path} could not be read: {storage_reason(error)}") from error
     if "args" not in common:
         raise CheckpointError(f"{path} has neither mcore_spec.json nor Megatron-LM's arguments; it cannot be described")
     args = vars(common["args"])
     _check_megatron_lm(args, path)
-    scaling = {
-        "factor": args.get("rope_scaling_factor", 8.0),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+    scaling = {**MEGATRON_LLAMA3, "factor": args.get("rope_scaling_factor", 8.0)}
     is_scaled = bool(args.get("use_rope_scaling"))
     rope = {
         "theta": args.get("rotary_base", 10000),
         "rope_type": "llama3" if is_scaled else "default",
         "scaling": scaling if is_scaled else {},
     }
-    heads = args["num_attention_heads"]
+    heads, window = args["num_attention_heads"], args.get("window_size")
+    windowed = args.get("window_attn_skip_freq")
+    if isinstance(windowed, int):
+        windowed = [layer % windowed != 0 for layer in range(1, args["num_layers"] + 1)]
     base = BaseArchitecture.parse(
         {
             "family": "megatron",
@@ -93,6 +101,8 @@ def megatron_lm_record(path: Path) -> CheckpointRecord:
             "qkv_bias": bool(args.get("add_qkv_bias")),
             "qk_norm": bool(args.get("qk_layernorm")),
             "rope": RopeConfig.parse(rope, where=str(path)),
+            "window_size": None if window is None else window[0] + 1,
+            "windowed_layers": () if window is None else tuple(bool(on) for on in windowed or ()),
             "dtype": str(args["params_dtype"]).removeprefix("torch."),
         },
         where=f"{path}: args",

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
+
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mcore_spec.config import BaseArchitecture, BaseIdentity, StrictConfig
 
 FORMAT_VERSION = 1
+# What megatron-core and torch raise where files are missing, damaged or cannot be written. torch's own is a
+# `BaseException`: named here, because nothing broader finds it.
+STORAGE_ERRORS = (
+    CheckpointingException,
+    CheckpointException,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+
+
+def storage_reason(error: BaseException) -> str:
+    """The cause alone: torch's error carries every rank's traceback in its text."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error)
 
 
 class ConversionRecord(StrictConfig):

@@ -21,17 +21,22 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel
 
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.bases.megatron_build import BaseGPTModel, TransformerImpl, build_gpt_model, describe
 from mcore_spec.checkpoint.megatron_lm import megatron_lm_common, megatron_lm_record
-from mcore_spec.checkpoint.record import FORMAT_VERSION, CheckpointRecord, ConversionRecord
+from mcore_spec.checkpoint.record import (
+    FORMAT_VERSION,
+    STORAGE_ERRORS,
+    CheckpointRecord,
+    ConversionRecord,
+    storage_reason,
+)
 from mcore_spec.checkpoint.writer import InProcessSaveStrategy
 from mcore_spec.config import BaseArchitecture, BaseIdentity, EagleConfig
-from mcore_spec.convert import ALGORITHMS, attach, conversion_of
+from mcore_spec.conversion import ALGORITHMS, attach, conversion_of
 from mcore_spec.errors import CheckpointError, ConfigError
 from mcore_spec.parallel.layout import Layout, barrier, run_on_rank_zero
 
@@ -100,6 +105,8 @@ def read_record(path: Path) -> CheckpointRecord:
         values = json.loads(file.read_text())
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} holds a {type(values).__name__}, not an object; it is damaged")
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{file} has format_version {version!r}; this package reads {FORMAT_VERSION}: update it")
@@ -149,10 +156,10 @@ def save_checkpoint(
     state = {**_model_state(model), **megatron_lm_common(record.base, number)}
     try:
         dist_checkpointing.save(state, str(partial), InProcessSaveStrategy())
-    except (CheckpointingException, RuntimeError, OSError) as error:
+    except STORAGE_ERRORS as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"save = {directory}: writing failed ({error}); free space or choose another directory. "
+            f"save = {directory}: writing failed ({storage_reason(error)}); free space or choose another directory. "
             "What was saved before is untouched"
         ) from error
     barrier()
@@ -166,10 +173,14 @@ def check_save_directory(directory: Path, identity: BaseIdentity) -> None:
         CheckpointError: it holds checkpoints of another base.
         OSError: it cannot be created or written to.
     """
+    created = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
-    probe = directory / f".write-probe-{os.getpid()}"
+    # One name for all: what a killed process left is removed by the next.
+    probe = directory / ".write-probe"
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)
+    for path in created:
+        path.rmdir()
     if (directory / TRACKER).exists():
         existing = find_checkpoint(directory).record.identity
         if existing.fingerprint != identity.fingerprint:
@@ -181,6 +192,7 @@ def check_save_directory(directory: Path, identity: BaseIdentity) -> None:
 
 def _begin(directory: Path, record: CheckpointRecord, iteration: int | None) -> tuple[int, Path]:
     check_save_directory(directory, record.identity)
+    directory.mkdir(parents=True, exist_ok=True)
     newest = find_checkpoint(directory).iteration if (directory / TRACKER).exists() else 0
     if iteration is None:
         iteration = newest + 1
@@ -261,8 +273,8 @@ def restore(model: GPTModel, checkpoint: Checkpoint) -> None:
         loaded, missing, unexpected = dist_checkpointing.load(
             state, str(checkpoint.path), strict=StrictHandling.RETURN_ALL
         )
-    except (CheckpointingException, RuntimeError, OSError, EOFError) as error:
-        raise CheckpointError(f"{checkpoint.path} could not be read: {error}") from error
+    except STORAGE_ERRORS as error:
+        raise CheckpointError(f"{checkpoint.path} could not be read: {storage_reason(error)}") from error
     _check_leftovers(checkpoint.path, missing, unexpected)
     model.load_state_dict(loaded["model"])
     _zero_vocabulary_padding(base)

@@ -22,8 +22,8 @@ from mcore_spec.checkpoint.store import (
 )
 from mcore_spec.cli.arguments import ConvertArguments, ParallelArguments
 from mcore_spec.cli.terminal import say
-from mcore_spec.config import BaseIdentity, EagleConfig, StrictConfig, eagle_preset
-from mcore_spec.convert import (
+from mcore_spec.config import BaseIdentity, EagleArchitectureConfig, EagleConfig, StrictConfig, eagle_preset
+from mcore_spec.conversion import (
     ALGORITHMS,
     check_convertible,
     convert,
@@ -40,7 +40,7 @@ from mcore_spec.parallel.sharding import sharded_tensors, whole_shape
 from mcore_spec.weights.families import base_rows
 from mcore_spec.weights.hf_config import TOKENIZER_FILES, describe_hf, locate, read_hf_config
 from mcore_spec.weights.hf_export import stored_specs
-from mcore_spec.weights.hf_import import check_names, import_hf
+from mcore_spec.weights.hf_import import check_tensors, import_hf
 from mcore_spec.weights.safetensors_io import WeightDirectory
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -106,7 +106,7 @@ def _find_source(arguments: ConvertArguments) -> Source:
     raw = read_hf_config(directory)
     base = describe_hf(raw, where=str(directory / "config.json"))
     with WeightDirectory(directory) as weights:
-        check_names(weights, base)
+        check_tensors(weights, base)
         fingerprint = weights.fingerprint()
     source = (
         str(directory.resolve()) if Path(arguments.pretrained_model_path).is_dir() else arguments.pretrained_model_path
@@ -166,7 +166,9 @@ def _merge_eagle_file(preset: dict[str, Any], arguments: ConvertArguments) -> di
         raise ConfigError(f"eagle_config = {path} is not JSON: {error}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"eagle_config = {path} holds a {type(given).__name__}; it must hold an object")
-    if not any(key in EagleConfig.model_fields for key in given):
+    own = EagleArchitectureConfig.model_fields
+    # Every field of the whole configuration begins like this; a misspelt one belongs there too.
+    if not any(key.startswith("eagle_") and key not in own for key in given):
         given = {"eagle_architecture_config": given}
     architecture = {**preset["eagle_architecture_config"], **given.get("eagle_architecture_config", {})}
     EagleConfig.parse({**given, "eagle_architecture_config": architecture}, where=f"eagle_config = {path}")

@@ -135,7 +135,9 @@ def describe_os_error(error: OSError, *, output: str, flag: str) -> str:
     if path is None:
         return what
     file, directory = Path(str(path)), Path(output)
-    is_output = file.is_relative_to(directory) or directory.is_relative_to(file)
+    # An export is written beside its place first, under this name.
+    partial = directory.with_name(f".partial-{directory.name}")
+    is_output = any(file.is_relative_to(own) for own in (directory, partial)) or directory.is_relative_to(file)
     other = flag if is_output else "path"
     if error.errno in _NO_SPACE:
         remedy = f"free space or choose another {other}"

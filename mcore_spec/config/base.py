@@ -82,6 +82,7 @@ class BaseArchitecture(StrictConfig):
         None, ge=1, description="Tokens that a windowed layer sees, the query's own included."
     )
     windowed_layers: tuple[bool, ...] = Field((), description="Which layers are windowed; empty: all, if any.")
+    num_experts: int | None = Field(None, ge=1, description="Experts of each layer's MLP; none: a dense MLP.")
     dtype: DtypeName = Field("bfloat16", description="Dtype of the weights.")
 
     @model_validator(mode="after")

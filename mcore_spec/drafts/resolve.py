@@ -11,7 +11,7 @@ from mcore_spec.config import (
     RopeConfig,
     check_supported,
 )
-from mcore_spec.errors import ConfigError
+from mcore_spec.errors import ConfigError, UnsupportedError
 
 
 def resolve_eagle(config: EagleConfig, base: BaseArchitecture) -> EagleConfig:
@@ -27,6 +27,11 @@ def resolve_eagle(config: EagleConfig, base: BaseArchitecture) -> EagleConfig:
     """
     check_supported(config)
     architecture = config.eagle_architecture_config
+    if config.algorithm == "eagle-mtp" and base.num_experts is not None:
+        raise UnsupportedError(
+            f"eagle-mtp on a base with num_experts = {base.num_experts}: its layer would have to be the base's, with "
+            "experts, which is not built yet; choose eagle3"
+        )
     _check_base_owned(architecture, base)
     rope = resolve_rope(architecture, base)
     values: dict[str, Any] = {
@@ -53,6 +58,8 @@ def resolve_eagle(config: EagleConfig, base: BaseArchitecture) -> EagleConfig:
         values["eagle_aux_hidden_state_layer_ids"] = resolve_aux_layers(architecture, base)
     resolved = EagleArchitectureConfig.parse(values, where="eagle_architecture_config")
     _check_sizes(resolved, base)
+    if config.eagle_reuse_base_decoder:
+        _check_reusable(resolved, base)
     return config.model_copy(update={"eagle_architecture_config": resolved})
 
 
@@ -78,6 +85,11 @@ def resolve_rope(architecture: EagleArchitectureConfig, base: BaseArchitecture) 
         scaling = dict(architecture.rope_scaling)
         rope_type = scaling.pop("rope_type", scaling.pop("type", "default"))
         theta = scaling.pop("rope_theta", rope.theta)
+        if "rope_theta" in architecture.rope_scaling and architecture.rope_theta not in (None, theta):
+            raise ConfigError(
+                f"rope_theta = {architecture.rope_theta} but rope_scaling has rope_theta = {theta}; "
+                "leave one of the two out"
+            )
         rope = RopeConfig.parse({"theta": theta, "rope_type": rope_type, "scaling": scaling}, where="rope_scaling")
     if architecture.rope_theta is not None:
         rope = rope.model_copy(update={"theta": architecture.rope_theta})
@@ -119,4 +131,20 @@ def _check_sizes(architecture: EagleArchitectureConfig, base: BaseArchitecture) 
         raise ConfigError(
             f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}; "
             "change one of the two"
+        )
+
+
+def _check_reusable(architecture: EagleArchitectureConfig, base: BaseArchitecture) -> None:
+    """The base's last layer can start the draft's only if they have one shape."""
+    own, others = architecture.model_dump(), base.model_dump()
+    different = [
+        name
+        for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+        if own[name] != others[name]
+    ]
+    different += [name for name in ("attention_bias", "mlp_bias") if own[name]]
+    if different:
+        raise ConfigError(
+            f"eagle_reuse_base_decoder = true, but {', '.join(different)} differ(s) from the base's layer; "
+            "leave these out, or set eagle_reuse_base_decoder to false"
         )

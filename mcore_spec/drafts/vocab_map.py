@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mcore_spec.errors import ConfigError
 
+_REMEDY = "make it again for this base"
+
 
 def load_draft_to_target(path: Path, *, vocab_size: int) -> Tensor:
     """Read ``d2t.pt``: int64 [draft vocabulary], target id = i + d2t[i].
@@ -24,23 +26,38 @@ def load_draft_to_target(path: Path, *, vocab_size: int) -> Tensor:
     try:
         d2t = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError as error:
-        raise ConfigError(f"draft_vocab_cache = {path}: no such file") from error
+        raise ConfigError(f"draft_vocab_cache = {path}: no such file; correct the path, or {_REMEDY}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ConfigError(f"draft_vocab_cache = {path}: not a torch tensor file ({error})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
+        raise ConfigError(f"draft_vocab_cache = {path}: not a torch tensor file ({reason}); {_REMEDY}") from error
+    return check_draft_to_target(d2t, vocab_size=vocab_size, where=f"draft_vocab_cache = {path}")
+
+
+def check_draft_to_target(d2t: object, *, vocab_size: int, where: str) -> Tensor:
+    """`d2t` as an int64 vector, if it maps to ascending entries of the base's vocabulary.
+
+    Args:
+        d2t: what a file or a caller gave.
+        vocab_size: entries of the base's vocabulary.
+        where: what it was read from, for errors.
+
+    Raises:
+        ConfigError: it is no integer vector, or its targets do not ascend strictly or are out of range.
+    """
     if not isinstance(d2t, Tensor) or d2t.ndim != 1 or d2t.dtype not in (torch.int32, torch.int64):
         kind = f"{d2t.dtype} {tuple(d2t.shape)}" if isinstance(d2t, Tensor) else type(d2t).__name__
-        raise ConfigError(f"draft_vocab_cache = {path} holds {kind}; it must hold an int64 vector d2t")
+        raise ConfigError(f"{where} holds {kind}; it must hold an int64 vector d2t: {_REMEDY}")
     d2t = d2t.to(torch.int64)
-    targets = torch.arange(d2t.shape[0]) + d2t
+    targets = torch.arange(d2t.shape[0], device=d2t.device) + d2t
     if d2t.shape[0] > vocab_size:
         raise ConfigError(
-            f"draft_vocab_cache = {path} has {d2t.shape[0]} entries, more than the base's vocabulary of {vocab_size}"
+            f"{where} has {d2t.shape[0]} entries, more than the base's vocabulary of {vocab_size}; {_REMEDY}"
         )
     if d2t.shape[0] == 0 or bool((targets.diff() <= 0).any()):
-        raise ConfigError(f"draft_vocab_cache = {path}: target ids i + d2t[i] must ascend strictly")
+        raise ConfigError(f"{where}: target ids i + d2t[i] must ascend strictly; {_REMEDY}")
     if int(targets[0]) < 0 or int(targets[-1]) >= vocab_size:
         raise ConfigError(
-            f"draft_vocab_cache = {path}: target ids {int(targets[0])} to {int(targets[-1])} leave the base's "
-            f"vocabulary of {vocab_size}; it was made for another base"
+            f"{where}: target ids {int(targets[0])} to {int(targets[-1])} leave the base's "
+            f"vocabulary of {vocab_size}; it was made for another base: {_REMEDY}"
         )
     return d2t

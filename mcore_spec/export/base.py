@@ -36,7 +36,7 @@ def export_base_directory(
         overwrite: replace an earlier export.
     """
     config = base_config(record)
-    with atomic_directory(directory, overwrite=overwrite) as partial:
+    with atomic_directory(directory, record=record, overwrite=overwrite) as partial:
         if group_rank(model.pg_collection.dp_cp) == 0:
             export_base(MegatronBase(model), partial)
         run_on_rank_zero(lambda: _write_files(partial, config, tokenizer_path))

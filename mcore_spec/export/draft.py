@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.record import CheckpointRecord
-from mcore_spec.convert import conversion_of
+from mcore_spec.conversion import conversion_of
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.eagle1 import Eagle1Draft
 from mcore_spec.drafts.eagle3 import Eagle3Draft
@@ -25,6 +25,7 @@ from mcore_spec.export.medusa import plan_medusa
 from mcore_spec.export.mtp import plan_mtp
 from mcore_spec.export.plan import ExportFormat, ExportPlan, PlannedTensors
 from mcore_spec.parallel.collectives import group_rank
+from mcore_spec.parallel.layout import run_on_every_rank
 from mcore_spec.weights.safetensors_io import SINGLE_NAME, safetensors_writer
 
 
@@ -72,8 +73,8 @@ def export_draft(
         raise ConfigError("the checkpoint has no draft; convert it first, or leave --export-extra-modules out")
     draft = base.draft()
     # Before anything is created: a draft that does not serve leaves no trace.
-    plan = None if draft is None else plan_export(draft, record, export_format)
-    with atomic_directory(directory, overwrite=overwrite) as partial:
+    plan = run_on_every_rank(lambda: None if draft is None else plan_export(draft, record, export_format))
+    with atomic_directory(directory, record=record, overwrite=overwrite) as partial:
         if draft is not None and plan is not None and group_rank(model.pg_collection.dp_cp) == 0:
             _write(partial, plan, draft, base, record)
 

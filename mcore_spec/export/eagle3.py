@@ -59,7 +59,23 @@ def check_servable(draft: Eagle3Draft, base: BaseArchitecture) -> None:
                 f"the draft vocabulary of {targets.shape[0]} entries has no valid d2t: an engine would propose the "
                 "wrong ids; convert again with --draft-vocab-cache"
             )
+    check_heads(draft.architecture, base)
     check_rope(resolve_rope(draft.architecture, base))
+
+
+def check_heads(architecture: EagleArchitectureConfig, base: BaseArchitecture) -> None:
+    """Refuse heads that transformers' Llama configuration, which engines read with, does not take.
+
+    Raises:
+        UnsupportedError: a number of heads that does not divide the hidden size, whatever the head_dim.
+    """
+    heads = architecture.num_attention_heads
+    assert heads is not None
+    if base.hidden_size % heads:
+        raise UnsupportedError(
+            f"num_attention_heads = {heads} does not divide hidden_size = {base.hidden_size}: engines read the draft "
+            "as a Llama configuration, which must divide; convert again with a number of heads that does"
+        )
 
 
 def check_rope(rope: RopeConfig) -> None:

@@ -101,7 +101,8 @@ class TTTAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         length = x.shape[0]
         positions = torch.arange(step, length + step, device=x.device)
-        cos, sin = self.rotary(positions, sequence_length=length + step, dtype=x.dtype)
+        # LongRoPE's table is that of the sequence, so that all steps of a row are rotated alike.
+        cos, sin = self.rotary(positions, sequence_length=length, dtype=x.dtype)
         cos, sin = cos[:, None, None, :], sin[:, None, None, :]
         past.append(KeyValue(apply_rotary(key, cos, sin), value))
         mixed = ttt_attention(apply_rotary(query, cos, sin), past)

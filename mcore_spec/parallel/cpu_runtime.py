@@ -8,6 +8,7 @@ call; each entry says who asks. Remove an entry once megatron-core asks `torch.a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -36,12 +37,17 @@ def _host_context(*_args: Any, **_kwargs: Any) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    return None
+def _nothing() -> Callable[..., None]:
+    """A new function each time: torch.compile refuses one function under several of torch's names."""
+    return lambda *_args, **_kwargs: None
 
 
 def _set_rng_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
     torch.set_rng_state(state)
+
+
+def _causal_mask(size: int) -> torch.Tensor:
+    return torch.ones(size, size, dtype=torch.bool).triu(1)
 
 
 def install() -> None:
@@ -49,19 +55,21 @@ def install() -> None:
     global _installed
     if _installed or torch.cuda.is_available():
         return
+    from megatron.core.fusions import fused_softmax
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import moe_utils
 
     cuda: Any = torch.cuda
     # tensor_parallel.mappings, layers, p2p_communication: `device=torch.cuda.current_device()`.
     cuda.current_device = lambda: torch.device("cpu")
     # dist_checkpointing moves tensors to the device of this rank before it loads them.
-    cuda.set_device = _nothing
+    cuda.set_device = _nothing()
     # tensor_parallel.random keeps one random state per region; P2P and checkpoint writing synchronise.
     cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     cuda.set_rng_state = _set_rng_state
-    cuda.manual_seed = torch.manual_seed
-    cuda.synchronize = _nothing
-    cuda.empty_cache = _nothing
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.synchronize = _nothing()
+    cuda.empty_cache = _nothing()
     # dist_checkpointing's asynchronous writer copies on a stream of its own.
     cuda.Stream = _HostStream
     cuda.Event = _HostStream
@@ -71,6 +79,10 @@ def install() -> None:
     cuda.default_generators = (torch.default_generator,)
     megatron_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = _set_rng_state
+    # Its own attention makes the causal mask on device "cuda" where it is given none.
+    fused_softmax.get_default_causal_mask = _causal_mask
+    # The router asks whether this is None; without Transformer Engine, which needs CUDA, it is no name at all.
+    vars(moe_utils).setdefault("te_general_gemm", None)
     # LanguageModule copies the tied embedding with `.cuda()` before it reduces it over the stages.
     torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign]
     _installed = True

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -133,6 +133,27 @@ def run_on_rank_zero(function: Callable[[], Result]) -> Result:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def run_on_every_rank(function: Callable[[], Result]) -> Result:
+    """Call `function` on every rank; where it fails on one, every rank raises that error.
+
+    A rank that failed alone would leave the others waiting in the next collective.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return function()
+    result: Result | None = None
+    own: McoreSpecError | OSError | None = None
+    try:
+        result = function()
+    except (McoreSpecError, OSError) as error:
+        own = error
+    errors: list[McoreSpecError | OSError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, own)
+    for each in errors:
+        if each is not None:
+            raise each
+    return cast(Result, result)
 
 
 def require_transformer_engine() -> None:

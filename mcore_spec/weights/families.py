@@ -101,6 +101,28 @@ def base_rows(base: BaseArchitecture) -> Iterator[Row]:
         yield _HEAD
 
 
+def stored_shapes(row: Row, base: BaseArchitecture) -> list[tuple[int, ...]]:
+    """Whole shapes of a row's stored tensors; they follow from the architecture alone."""
+    hidden = base.hidden_size
+    query, kv = base.num_attention_heads * base.head_dim, base.num_key_value_heads * base.head_dim
+    suffix = row.megatron.split(".", 3)[-1] if row.megatron.startswith("decoder.layers.") else row.megatron
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "embedding.word_embeddings.weight": [(base.vocab_size, hidden)],
+        "output_layer.weight": [(base.vocab_size, hidden)],
+        "self_attention.linear_proj.weight": [(hidden, query)],
+        "mlp.linear_fc2.weight": [(hidden, base.intermediate_size)],
+        "self_attention.linear_qkv.weight": [(query, hidden), (kv, hidden), (kv, hidden)],
+        "self_attention.linear_qkv.bias": [(query,), (kv,), (kv,)],
+        "mlp.linear_fc1.weight": [(base.intermediate_size, hidden)] * 2,
+        "self_attention.q_layernorm.weight": [(base.head_dim,)],
+        "self_attention.k_layernorm.weight": [(base.head_dim,)],
+    }
+    own = shapes.get(suffix, [(hidden,)])
+    if len(row.stored) < len(own):
+        own = [(sum(shape[0] for shape in own), *own[0][1:])]
+    return own
+
+
 def hf_family(base: BaseArchitecture) -> Family:
     """The family whose Hugging Face class has this base's features.
 
@@ -109,14 +131,14 @@ def hf_family(base: BaseArchitecture) -> Family:
     """
     if base.family != "megatron":
         return base.family
-    if base.windowed_layers or (base.window_size is not None and (base.qkv_bias or base.qk_norm)):
-        raise UnsupportedError(
-            "windowed_layers with qkv_bias or qk_norm: no supported family has this combination of features"
-        )
     if base.qkv_bias and base.qk_norm:
         raise UnsupportedError("qkv_bias and qk_norm together: no supported Hugging Face family has both")
     if base.qkv_bias:
         return "qwen2"
     if base.qk_norm:
         return "qwen3"
+    if base.windowed_layers:
+        raise UnsupportedError(
+            "windowed_layers without qkv_bias or qk_norm: only Qwen windows some layers and not others"
+        )
     return "llama" if base.window_size is None else "mistral"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from mcore_spec.config import BaseArchitecture, DtypeName, Family, RopeConfig
+from mcore_spec.config.base import RopeType
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.weights.families import hf_family
 
@@ -65,11 +66,14 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     try:
-        return json.loads(path.read_text())
+        raw = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ConfigError(f"{directory} has no config.json; give the directory of a Hugging Face model") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}; it must hold an object")
+    return raw
 
 
 def describe_hf(raw: dict[str, Any], *, where: str) -> BaseArchitecture:
@@ -93,7 +97,7 @@ def describe_hf(raw: dict[str, Any], *, where: str) -> BaseArchitecture:
     for field in ("attention_bias", "mlp_bias", "quantization_config"):
         if raw.get(field):
             raise UnsupportedError(f"{where}: {field} = {raw[field]!r} is not represented; use a model without it")
-    window, windowed = _windows(config)
+    window, windowed = _windows(config, family)
     return BaseArchitecture.parse(
         {
             "family": family,
@@ -129,6 +133,10 @@ def _parse(raw: dict[str, Any], *, where: str) -> PreTrainedConfig:
 def _rope(config: PreTrainedConfig, *, where: str) -> RopeConfig:
     scaling = dict(config.rope_parameters)
     theta, rope_type = scaling.pop("rope_theta"), scaling.pop("rope_type", "default")
+    if rope_type not in get_args(RopeType):
+        raise UnsupportedError(
+            f"{where}: rope_type = {rope_type!r} is not represented; supported: {', '.join(get_args(RopeType))}"
+        )
     partial = scaling.pop("partial_rotary_factor", 1.0)
     if partial != 1.0:
         raise UnsupportedError(f"{where}: partial_rotary_factor = {partial} is not represented; it must be 1")
@@ -142,14 +150,15 @@ def _rope(config: PreTrainedConfig, *, where: str) -> RopeConfig:
     return RopeConfig.parse(values, where=f"{where}: rope_parameters")
 
 
-def _windows(config: PreTrainedConfig) -> tuple[int | None, tuple[bool, ...]]:
+def _windows(config: PreTrainedConfig, family: Family) -> tuple[int | None, tuple[bool, ...]]:
+    """Window and windowed layers; a configuration keeps keys that its class does not read."""
     values = config.to_dict()
-    window, layer_types = values.get("sliding_window"), values.get("layer_types")
+    window = None if family == "llama" else values["sliding_window"]
     if window is None:
         return None, ()
-    if layer_types is None:
+    if family not in ("qwen2", "qwen3"):
         return window, ()
-    windowed = tuple(kind == "sliding_attention" for kind in layer_types)
+    windowed = tuple(kind == "sliding_attention" for kind in values["layer_types"])
     return (window, windowed) if any(windowed) else (None, ())
 
 
@@ -183,9 +192,15 @@ def to_hf_config(base: BaseArchitecture) -> dict[str, Any]:
         "max_position_embeddings": base.max_position_embeddings,
         "tie_word_embeddings": base.tie_word_embeddings,
         "rope_parameters": base.rope.to_hf(),
+        # The two spellings of transformers before version 5.
         "rope_theta": base.rope.theta,
+        "rope_scaling": base.rope.to_hf() if base.rope.scaling else None,
         "dtype": base.dtype,
     }
-    if family == "mistral":
+    if base.window_size is not None:
         values["sliding_window"] = base.window_size
+    if base.window_size is not None and family != "mistral":
+        windowed = base.windowed_layers or (True,) * base.num_layers
+        values["use_sliding_window"] = True
+        values["layer_types"] = ["sliding_attention" if on else "full_attention" for on in windowed]
     return values

@@ -14,7 +14,7 @@ from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.bases.megatron_build import DTYPES
 from mcore_spec.config import BaseArchitecture
 from mcore_spec.parallel.layout import is_rank_zero
-from mcore_spec.weights.families import Row, base_rows
+from mcore_spec.weights.families import Row, base_rows, stored_shapes
 from mcore_spec.weights.hf_import import local_rows
 from mcore_spec.weights.safetensors_io import INDEX_NAME, SINGLE_NAME, TensorSpec, safetensors_writer
 
@@ -65,25 +65,9 @@ def _rows(base: MegatronBase) -> list[tuple[Row, Tensor]]:
 
 
 def stored_specs(row: Row, base: BaseArchitecture) -> list[TensorSpec]:
-    """What the row writes: shapes follow from the architecture alone, so every rank knows them."""
-    hidden, dtype = base.hidden_size, DTYPES[base.dtype]
-    query, kv = base.num_attention_heads * base.head_dim, base.num_key_value_heads * base.head_dim
-    suffix = row.megatron.split(".", 3)[-1] if row.megatron.startswith("decoder.layers.") else row.megatron
-    shapes: dict[str, list[tuple[int, ...]]] = {
-        "embedding.word_embeddings.weight": [(base.vocab_size, hidden)],
-        "output_layer.weight": [(base.vocab_size, hidden)],
-        "self_attention.linear_proj.weight": [(hidden, query)],
-        "mlp.linear_fc2.weight": [(hidden, base.intermediate_size)],
-        "self_attention.linear_qkv.weight": [(query, hidden), (kv, hidden), (kv, hidden)],
-        "self_attention.linear_qkv.bias": [(query,), (kv,), (kv,)],
-        "mlp.linear_fc1.weight": [(base.intermediate_size, hidden)] * 2,
-        "self_attention.q_layernorm.weight": [(base.head_dim,)],
-        "self_attention.k_layernorm.weight": [(base.head_dim,)],
-    }
-    own = shapes.get(suffix, [(hidden,)])
-    if len(row.stored) < len(own):
-        own = [(sum(shape[0] for shape in own), *own[0][1:])]
-    return [TensorSpec(name, dtype, shape) for name, shape in zip(row.stored, own, strict=True)]
+    """What the row writes; every rank knows it without communication."""
+    shapes = stored_shapes(row, base)
+    return [TensorSpec(name, DTYPES[base.dtype], shape) for name, shape in zip(row.stored, shapes, strict=True)]
 
 
 def _pack(sizes: list[int]) -> list[list[int]]:

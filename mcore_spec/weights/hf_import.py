@@ -12,7 +12,7 @@ from mcore_spec.bases.megatron_build import BaseGPTModel
 from mcore_spec.config import BaseArchitecture
 from mcore_spec.errors import CheckpointError, ConfigError
 from mcore_spec.parallel.tensor_parallel import TensorParallel
-from mcore_spec.weights.families import TRANSFORMER_ENGINE_NAMES, Row, base_rows
+from mcore_spec.weights.families import TRANSFORMER_ENGINE_NAMES, Row, base_rows, stored_shapes
 from mcore_spec.weights.safetensors_io import WeightDirectory
 
 # Buffers that old files carry and that are computed, not read.
@@ -34,16 +34,12 @@ def import_hf(model: BaseGPTModel, source: WeightDirectory, *, cast: bool = Fals
     """
     base = model.architecture
     tp = TensorParallel(group=model.pg_collection.tp)
-    check_names(source, base)
+    check_tensors(source, base)
     filled = set()
     with torch.no_grad():
         for row, name, parameter in local_rows(model, base):
             part = row.cut.read(source, row.stored, base, tp)
-            if part.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{source.directory}: {row.stored} give this rank {tuple(part.shape)}, the configuration "
-                    f"asks for {tuple(parameter.shape)}; config.json and weights do not belong together"
-                )
+            assert part.shape == parameter.shape, f"{name}: {tuple(part.shape)} for {tuple(parameter.shape)}"
             if part.dtype != parameter.dtype and not cast:
                 raise ConfigError(
                     f"{source.directory}: {row.stored[0]} is stored as {part.dtype}, config.json says "
@@ -55,34 +51,43 @@ def import_hf(model: BaseGPTModel, source: WeightDirectory, *, cast: bool = Fals
     assert not missing, f"no row of the table fills {sorted(missing)}"
 
 
-def check_names(source: WeightDirectory, base: BaseArchitecture) -> None:
-    """Compare the files' names with the table's.
+def check_tensors(source: WeightDirectory, base: BaseArchitecture) -> None:
+    """Compare the files' names and shapes with the table's; reads headers only.
+
+    A rank that reads its slice of too large a tensor would not notice the rest.
 
     Raises:
-        CheckpointError: lists what is missing and what is left over.
+        CheckpointError: lists what is missing, what is left over, and what has another shape.
     """
-    expected = {name for row in base_rows(base) for name in row.stored}
+    expected = {
+        name: shape for row in base_rows(base) for name, shape in zip(row.stored, stored_shapes(row, base), strict=True)
+    }
     stored = {name for name in source.tensors if _COMPUTED not in name}
     if base.tie_word_embeddings and "lm_head.weight" in stored:
         _check_tied(source)
         stored.remove("lm_head.weight")
-    missing, unknown = sorted(expected - stored), sorted(stored - expected)
+    missing, unknown = sorted(expected.keys() - stored), sorted(stored - expected.keys())
     if missing or unknown:
         raise CheckpointError(
             f"{source.directory} does not fit its config.json ({base.family}, {base.num_layers} layers): "
             f"missing {_some(missing)}; not known {_some(unknown)}"
         )
+    shapes = {name: source.tensors[name].shape for name in expected}
+    wrong = [f"{name} {shapes[name]}, not {shape}" for name, shape in expected.items() if shapes[name] != shape]
+    if wrong:
+        raise CheckpointError(
+            f"{source.directory}: config.json and weights do not belong together, by their shapes: {_some(wrong)}"
+        )
 
 
 def _check_tied(source: WeightDirectory) -> None:
     """A head that is stored although it is tied must be the embedding."""
-    num_rows = source.tensors["lm_head.weight"].shape[0]
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    shapes = {source.tensors[name].shape for name in names if name in source.tensors}
+    num_rows = source.tensors[names[0]].shape[0]
     for start in range(0, num_rows, _COMPARED_ROWS):
-        blocks = [
-            source.read(name, start=start, stop=min(start + _COMPARED_ROWS, num_rows))
-            for name in ("lm_head.weight", "model.embed_tokens.weight")
-        ]
-        if not torch.equal(*blocks):
+        stop = min(start + _COMPARED_ROWS, num_rows)
+        if len(shapes) > 1 or not torch.equal(*(source.read(name, start=start, stop=stop) for name in names)):
             raise CheckpointError(
                 f"{source.directory}: tie_word_embeddings is true but lm_head.weight is not the embedding; "
                 "set it to false in config.json"

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mcore_spec.errors import CheckpointError
@@ -76,9 +76,9 @@ class WeightDirectory:
             return [single]
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            missing = [name for name in names if not (self.directory / name).exists()]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index ({error}); download it again") from error
-        missing = [name for name in names if not (self.directory / name).exists()]
         if missing:
             raise CheckpointError(
                 f"{index} names files that are not there: {', '.join(missing)}; complete the download"
@@ -107,13 +107,16 @@ class WeightDirectory:
             stop: behind the last; ``None`` for the end.
 
         Raises:
-            CheckpointError: no such tensor.
+            CheckpointError: no such tensor, or a file that safetensors refuses.
         """
         if name not in self.tensors:
             raise CheckpointError(f"{self.directory}: tensor {name} is missing")
         info = self.tensors[name]
         if info.path not in self._open:
-            self._open[info.path] = safe_open(info.path, framework="pt")
+            try:
+                self._open[info.path] = safe_open(info.path, framework="pt")
+            except SafetensorError as error:
+                raise CheckpointError(f"{info.path} is damaged ({error}); download it again") from error
         view = self._open[info.path].get_slice(name)
         return view[start:stop] if dim == 0 else view[:, start:stop]
 
@@ -140,21 +143,24 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             if not 0 < header_size <= path.stat().st_size - 8:
                 raise CheckpointError(f"{path} is truncated or no safetensors file; download it again")
             header = json.loads(file.read(header_size))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: the header is damaged ({error}); download the file again") from error
-    header.pop("__metadata__", None)
-    data_start = 8 + header_size
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}")
-        start, stop = (data_start + offset for offset in entry["data_offsets"])
-        if stop > path.stat().st_size:
-            raise CheckpointError(
-                f"{path} is truncated: {name} ends at byte {stop}, the file at {path.stat().st_size}; download it again"
-            )
-        tensors[name] = TensorInfo(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start, stop)
-    return tensors
+        header.pop("__metadata__", None)
+        return {name: _tensor_info(path, name, entry, 8 + header_size) for name, entry in header.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the header is damaged ({error!r}); download the file again") from error
+
+
+def _tensor_info(path: Path, name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
+    if entry["dtype"] not in _DTYPES:
+        raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}")
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    start, stop = (data_start + offset for offset in entry["data_offsets"])
+    if stop > path.stat().st_size:
+        raise CheckpointError(
+            f"{path} is truncated: {name} ends at byte {stop}, the file at {path.stat().st_size}; download it again"
+        )
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} has {stop - start} bytes for {shape} of {dtype}")
+    return TensorInfo(path, dtype, shape, start, stop)
 
 
 class TensorSpec(NamedTuple):

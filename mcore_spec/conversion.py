@@ -16,6 +16,7 @@ from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.medusa import MedusaDraft
 from mcore_spec.drafts.mtp import MTPDraft
 from mcore_spec.drafts.resolve import resolve_eagle
+from mcore_spec.drafts.vocab_map import check_draft_to_target
 from mcore_spec.errors import ConfigError, UnsupportedError
 
 # The three ways to name a mode: "medusa"; {"algorithm": "eagle", "config": {...}}; [("eagle", {...})].
@@ -124,6 +125,8 @@ def convert(model: nn.Module, mode: Mode, *, d2t: Tensor | None = None, seed: in
     """
     name, config = parse_mode(mode)
     base = _as_base(model)
+    if d2t is not None:
+        d2t = check_draft_to_target(d2t, vocab_size=base.architecture.vocab_size, where="d2t")
     config = ALGORITHMS[name].resolve(with_draft_vocabulary(config, d2t), base.architecture)
     check_convertible(config, d2t)
     draft = attach(base, name, config)
@@ -149,10 +152,13 @@ def attach(base: MegatronBase, algorithm: str, config: StrictConfig) -> Draft | 
     if existing is not None:
         raise ConfigError(f"the model has a draft already ({existing.algorithm}); convert the base it was made from")
     record = ALGORITHMS[algorithm]
-    draft = None
-    if base.is_last_stage:
-        weight = base.head_weight()
-        draft = record.build(config, base.architecture, tp=base.tp, dtype=weight.dtype, device=weight.device)
+    weight = base.head_weight() if base.is_last_stage else None
+    dtype, where = (None, torch.device("meta")) if weight is None else (weight.dtype, weight.device)
+    # Every stage builds it, the others without memory: what does not fit is refused on every rank, where the
+    # last stage alone would leave the others waiting for it.
+    draft: Draft | None = record.build(config, base.architecture, tp=base.tp, dtype=dtype, device=where)
+    if not base.is_last_stage:
+        draft = None
     base.model.add_module("draft_conversion", Conversion(algorithm, config))
     if draft is not None:
         base.model.add_module(record.child_name, draft)

@@ -1,0 +1,83 @@
+"""A small base model as a user has one, and the commands run inside this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from mcore_spec.cli.main import run_command
+
+VOCAB_SIZE = 103
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Done]
+
+
+def make_base(directory: Path, *, seed: int = 0, **changes: int) -> Path:
+    """A random Llama in float32, with files that stand for a tokenizer's."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, **changes}))
+    model.save_pretrained(directory)
+    (directory / "tokenizer.json").write_text('{"stands for": "a tokenizer"}\n')
+    (directory / "tokenizer_config.json").write_text("{}\n")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base model."""
+    return make_base(tmp_path_factory.mktemp("base") / "tiny_llama")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run("convert", "--flag", value, ...)` as one process without torchrun would."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(command: str, *words: object) -> Done:
+        capsys.readouterr()
+        code = run_command(command, [str(word) for word in words])
+        return Done(code, *capsys.readouterr())
+
+    return call
+
+
+def tree(directory: Path) -> dict[str, bytes | None]:
+    """Everything below a directory: path -> content (None: a directory); empty where it does not exist."""
+    if not directory.exists():
+        return {}
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+def subprocess_environment() -> dict[str, str]:
+    """The environment of a started script: no hub, few threads, no launcher of ours."""
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,251 @@
+"""The commands as a user types them: scripts, the console command, torchrun; and what they print."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.e2e.conftest import Done, Run, subprocess_environment, tree
+
+pytestmark = pytest.mark.e2e
+REPOSITORY = Path(__file__).resolve().parents[2]
+HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 32, 48, 103, 4, 2, 8
+LAYER = 2 * HIDDEN * HEADS * HEAD_DIM + 2 * HIDDEN * KV_HEADS * HEAD_DIM + 3 * HIDDEN * FFN
+BASE_PARAMETERS = 8 * (LAYER + 2 * HIDDEN) + HIDDEN + 2 * VOCAB * HIDDEN
+# EAGLE-3: q, k and v read twice the width; fc over three layers; four norms.
+EAGLE3_PARAMETERS = LAYER + HIDDEN * (HEADS + 2 * KV_HEADS) * HEAD_DIM + 3 * HIDDEN * HIDDEN + 4 * HIDDEN
+
+
+def script(*words: object) -> Done:
+    """A process of its own, in the repository root."""
+    command = [sys.executable, *(str(word) for word in words)]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=subprocess_environment(), capture_output=True, text=True, timeout=180
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def test_the_scripts_from_a_model_to_a_draft_directory(base_dir: Path, tmp_path: Path) -> None:
+    """`python examples/convert_model.py`, then `examples/export.py`."""
+    done = script(
+        "examples/convert_model.py",
+        *("--pretrained-model-path", base_dir, "--export-algorithm", "eagle", "--export-eagle-algorithm", "eagle3"),
+        *("--save", tmp_path / "checkpoint"),
+    )
+    assert (done.code, "Traceback" in done.err) == (0, False), done.err
+    assert f"saved {tmp_path / 'checkpoint' / 'iter_0000001'}\n" in done.out
+    words = ("--load", tmp_path / "checkpoint", "--export-dir", tmp_path / "draft", "--export-extra-modules")
+    done = script("examples/export.py", *words)
+    assert done.code == 0, done.err
+    assert done.out.endswith(f"exported {tmp_path / 'draft'}\n")
+    assert weights(tmp_path / "draft")["lm_head.weight"].shape == (VOCAB, HIDDEN)
+
+
+def test_torchrun_and_the_console_command(base_dir: Path, run: Run, tmp_path: Path) -> None:
+    """Two ranks under torchrun; what they save is exported by `mcore-spec` on one, with the same bytes."""
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "examples/convert_model.py")
+    convert = ("--pretrained-model-path", base_dir, "--export-algorithm", "eagle")
+    done = script(*torchrun, *convert, "--save", tmp_path / "two", "--tensor-model-parallel-size", 2)
+    assert done.code == 0, done.err
+    assert done.out.count("saved ") == 1, "every rank spoke"
+    assert done.out.count("base: ") == 1 and done.out.count("draft: ") == 1
+    # What pip makes of it is a script of these two lines; the package need not be installed.
+    entry = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]["mcore-spec"]
+    module, _, function = entry.partition(":")
+    export = ("export", "--load", tmp_path / "two", "--export-dir", tmp_path / "two_draft", "--export-extra-modules")
+    done = script("-c", f"import sys; from {module} import {function}; sys.exit({function}())", *export)
+    assert done.code == 0, done.err
+    assert run("convert", *convert, "--save", tmp_path / "one").code == 0
+    words = ("--load", tmp_path / "one", "--export-dir", tmp_path / "one_draft", "--export-extra-modules")
+    assert run("export", *words).code == 0
+    assert tree(tmp_path / "one_draft") == tree(tmp_path / "two_draft")
+
+
+def test_a_configuration_file_and_flags_that_win_over_it(base_dir: Path, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "convert.yaml"
+    lines = {
+        "pretrained_model_path": str(base_dir),
+        "export-algorithm": "medusa",
+        "export-num-medusa-heads": 4,
+        "save": str(tmp_path / "from_file"),
+    }
+    file.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in lines.items()))
+    done = run("convert", "--config", file)
+    assert done.code == 0, done.err
+    assert "draft: Medusa; " in done.out and (tmp_path / "from_file" / "iter_0000001").is_dir()
+    done = run("convert", "--config", file, "--export-num-medusa-heads", 1, "--save", tmp_path / "from_flag")
+    assert done.code == 0, done.err
+    record = json.loads((tmp_path / "from_flag" / "iter_0000001" / "mcore_spec.json").read_text())
+    assert record["conversion"]["config"]["medusa_num_heads"] == 1
+    assert len(list((tmp_path / "from_file").iterdir())) == 2  # the iteration and the tracker: untouched
+
+
+# --- what is printed ------------------------------------------------------------------------------
+
+
+def number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, f"{pattern} is not in {text}"
+    return int(found.group(1).replace(",", ""))
+
+
+def test_the_report_of_an_eagle3_draft(base_dir: Path, run: Run, tmp_path: Path) -> None:
+    """Parameters trained and frozen, aux layers, draft vocabulary, bytes a rank."""
+    targets = torch.arange(0, 80, 2)
+    torch.save(targets - torch.arange(40), tmp_path / "d2t.pt")
+    words = ("--pretrained-model-path", base_dir, "--export-algorithm", "eagle", "--save", tmp_path / "checkpoint")
+    done = run("convert", *words, "--draft-vocab-cache", tmp_path / "d2t.pt")
+    assert done.code == 0, done.err
+    base, draft, sizes, saved = done.out.splitlines()
+    assert base.startswith("base: llama, 8 layers, hidden 32, vocabulary 103, float32; ") and base.endswith("frozen")
+    assert number(r"; ([\d,]+) parameters, frozen", base) == BASE_PARAMETERS
+    trained = EAGLE3_PARAMETERS + 40 * HIDDEN
+    assert number(r"draft: EAGLE-3; ([\d,]+) parameters, trained", draft) == trained
+    assert "aux layers 1, 3, 4" in draft and draft.endswith("draft vocabulary 40")
+    assert number(r"bytes a rank: ([\d,]+)$", sizes) == 4 * (BASE_PARAMETERS + trained)
+    assert saved == f"saved {tmp_path / 'checkpoint' / 'iter_0000001'}"
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "num_trained"),
+    [
+        (("--export-eagle-algorithm", "eagle3"), "EAGLE-3", EAGLE3_PARAMETERS),
+        (("--export-eagle-algorithm", "eagle1"), "EAGLE-1", LAYER + HIDDEN + 2 * HIDDEN * HIDDEN),
+        (("--export-eagle-algorithm", "eagle-mtp"), "EAGLE-MTP", LAYER + 5 * HIDDEN + 2 * HIDDEN * HIDDEN),
+    ],
+)
+def test_the_report_counts_every_eagle(
+    words, name: str, num_trained: int, base_dir: Path, run: Run, tmp_path: Path
+) -> None:
+    convert = (
+        "convert",
+        "--pretrained-model-path",
+        base_dir,
+        "--export-algorithm",
+        "eagle",
+        "--save",
+        tmp_path / "out",
+    )
+    done = run(*convert, *words)
+    assert done.code == 0, done.err
+    assert number(rf"draft: {name}; ([\d,]+) parameters, trained", done.out) == num_trained
+    assert number(r"; ([\d,]+) parameters, frozen", done.out) == BASE_PARAMETERS
+
+
+def test_the_report_of_medusa(base_dir: Path, run: Run, tmp_path: Path) -> None:
+    convert = (
+        "convert",
+        "--pretrained-model-path",
+        base_dir,
+        "--export-algorithm",
+        "medusa",
+        "--save",
+        tmp_path / "out",
+    )
+    done = run(*convert, "--export-num-medusa-heads", 3, "--export-num-medusa-layers", 2)
+    trained = 3 * (2 * (HIDDEN * HIDDEN + HIDDEN) + VOCAB * HIDDEN)
+    assert number(r"draft: Medusa; ([\d,]+) parameters, trained", done.out) == trained
+
+
+# --- roads ----------------------------------------------------------------------------------------
+
+
+def test_a_plain_base_checkpoint_and_back(base_dir: Path, run: Run, tmp_path: Path) -> None:
+    """HF -> checkpoint -> HF is the same model; a draft from --load is the draft from the HF directory."""
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    done = run("convert", "--pretrained-model-path", base_dir, "--export-algorithm", "none", "--save", plain)
+    assert done.code == 0 and "draft" not in done.out
+    assert run("export", "--load", plain, "--export-dir", out / "base").code == 0
+    theirs, ours = weights(base_dir), weights(out / "base")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (out / "base" / "tokenizer.json").read_bytes() == (base_dir / "tokenizer.json").read_bytes()
+    assert json.loads((out / "base" / "config.json").read_text()) == json.loads((base_dir / "config.json").read_text())
+    AutoModelForCausalLM.from_pretrained(out / "base")
+
+    for name, source in (("direct", ("--pretrained-model-path", base_dir)), ("loaded", ("--load", plain))):
+        convert = ("convert", *source, "--export-algorithm", "eagle", "--save", tmp_path / name)
+        assert run(*convert).code == 0
+        export = ("export", "--load", tmp_path / name, "--export-dir", out / name, "--export-extra-modules")
+        assert run(*export).code == 0
+    assert tree(out / "direct") == tree(out / "loaded")
+    # The base under a draft is still the base.
+    assert run("export", "--load", tmp_path / "direct", "--export-dir", out / "base_again").code == 0
+    assert weights(out / "base_again").keys() == theirs.keys()
+    assert (out / "base_again" / "model.safetensors").read_bytes() == (out / "base" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("form", ["whole", "architecture only"])
+def test_both_forms_of_an_eagle_configuration(form: str, base_dir: Path, run: Run, tmp_path: Path) -> None:
+    architecture = {"num_hidden_layers": 2, "rms_norm_eps": 0.001, "eagle_aux_hidden_state_layer_ids": [1, 5]}
+    values: dict[str, Any] = architecture
+    if form == "whole":
+        values = {"eagle_ttt_steps": 5, "eagle_architecture_config": architecture}
+    (tmp_path / "eagle.json").write_text(json.dumps(values))
+    convert = (
+        "convert",
+        "--pretrained-model-path",
+        base_dir,
+        "--export-algorithm",
+        "eagle",
+        "--save",
+        tmp_path / "out",
+    )
+    done = run(*convert, "--eagle-config", tmp_path / "eagle.json")
+    assert done.code == 0, done.err
+    assert "aux layers 1, 5" in done.out
+    record = json.loads((tmp_path / "out" / "iter_0000001" / "mcore_spec.json").read_text())["conversion"]
+    assert record["algorithm"] == "eagle"
+    assert record["config"]["eagle_ttt_steps"] == (5 if form == "whole" else 3)
+    resolved = record["config"]["eagle_architecture_config"]
+    assert {name: resolved[name] for name in architecture} == architecture
+    # What is not given follows the base.
+    followed = {
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "hidden_act": "silu",
+    }
+    assert {name: resolved[name] for name in followed} == followed
+    assert math.isclose(resolved["rope_theta"], 10000.0)
+
+
+def test_a_later_save_is_the_next_iteration(base_dir: Path, run: Run, tmp_path: Path) -> None:
+    convert = ("convert", "--pretrained-model-path", base_dir, "--save", tmp_path / "out", "--export-algorithm")
+    assert run(*convert, "none").code == 0
+    assert run(*convert, "medusa").code == 0
+    assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    export = ("export", "--load", tmp_path / "out", "--export-extra-modules", "--export-dir", tmp_path / "draft")
+    assert run(*export, "--ckpt-step", 1).code == 2
+    assert run(*export).code == 0
+
+
+def test_a_dtype_that_is_asked_for(base_dir: Path, run: Run, tmp_path: Path) -> None:
+    convert = (
+        "convert",
+        "--pretrained-model-path",
+        base_dir,
+        "--export-algorithm",
+        "eagle",
+        "--save",
+        tmp_path / "out",
+    )
+    assert run(*convert, "--params-dtype", "bf16").code == 0
+    assert run("export", "--load", tmp_path / "out", "--export-dir", tmp_path / "base").code == 0
+    ours, theirs = weights(tmp_path / "base"), weights(base_dir)
+    assert all(torch.equal(ours[name], theirs[name].bfloat16()) for name in theirs)
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["dtype"] == "bfloat16"
