@@ -18,6 +18,7 @@ from mcore_spec.drafts.mtp import MTPDraft
 from mcore_spec.drafts.resolve import resolve_eagle
 from mcore_spec.drafts.vocab_map import check_draft_to_target
 from mcore_spec.errors import ConfigError, UnsupportedError
+from mcore_spec.parallel.tensor_parallel import Placement
 
 # The three ways to name a mode: "medusa"; {"algorithm": "eagle", "config": {...}}; [("eagle", {...})].
 Mode: TypeAlias = str | Mapping[str, Any] | Sequence[tuple[str, Mapping[str, Any] | StrictConfig]]
@@ -41,9 +42,9 @@ class Algorithm(NamedTuple):
     build: Build
 
 
-def _build_eagle(config: EagleConfig, base: BaseArchitecture, **args: Any) -> Draft:
+def _build_eagle(config: EagleConfig, base: BaseArchitecture, *, place: Placement) -> Draft:
     drafts: dict[str, Build] = {"eagle1": Eagle1Draft, "eagle3": Eagle3Draft, "eagle-mtp": MTPDraft}
-    return drafts[config.algorithm](config, base, **args)
+    return drafts[config.algorithm](config, base, place=place)
 
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -152,11 +153,12 @@ def attach(base: MegatronBase, algorithm: str, config: StrictConfig) -> Draft | 
     if existing is not None:
         raise ConfigError(f"the model has a draft already ({existing.algorithm}); convert the base it was made from")
     record = ALGORITHMS[algorithm]
-    weight = base.head_weight() if base.is_last_stage else None
-    dtype, where = (None, torch.device("meta")) if weight is None else (weight.dtype, weight.device)
+    place = Placement(tp=base.tp, device=torch.device("meta"))
+    if base.is_last_stage:
+        place = Placement(tp=base.tp, dtype=base.head_weight().dtype, device=base.head_weight().device)
     # Every stage builds it, the others without memory: what does not fit is refused on every rank, where the
     # last stage alone would leave the others waiting for it.
-    draft: Draft | None = record.build(config, base.architecture, tp=base.tp, dtype=dtype, device=where)
+    draft: Draft | None = record.build(config, base.architecture, place=place)
     if not base.is_last_stage:
         draft = None
     base.model.add_module("draft_conversion", Conversion(algorithm, config))

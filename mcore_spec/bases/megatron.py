@@ -184,6 +184,9 @@ class MegatronBase:
             "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
             "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
             "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+            # Where Transformer Engine keeps the two norms.
+            "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+            "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
         }
         weights = {ours: state[theirs] for theirs, ours in names.items() if theirs in state}
         for kind in ("weight", "bias"):

@@ -7,7 +7,7 @@ are ordinary. The head speaks a draft vocabulary, which may be a part of the bas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from mcore_spec.layers.attention import KeyValue, TTTAttention
 from mcore_spec.layers.decoder import DecoderLayer, LayerShape, gated_mlp, init_linear_weights
 from mcore_spec.layers.linear import ShardedLinear, VocabularyHead, project_sharded_columns
 from mcore_spec.layers.norm import RMSNorm
-from mcore_spec.parallel.tensor_parallel import TensorParallel
+from mcore_spec.parallel.tensor_parallel import Placement
 
 
 class Eagle3Layer(nn.Module):
@@ -30,28 +30,23 @@ class Eagle3Layer(nn.Module):
         shape: LayerShape,
         *,
         norm_before_residual: bool,
-        tp: TensorParallel,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        place: Placement,
     ) -> None:
         """Allocate this rank's shard.
 
         Args:
             shape: whole sizes.
             norm_before_residual: the residual is the normed hidden state.
-            tp: the tensor-parallel group.
-            dtype: parameter dtype.
-            device: parameter device.
+            place: group, dtype and device.
         """
         super().__init__()
-        args: dict[str, Any] = {"tp": tp, "dtype": dtype, "device": device}
         hidden = shape.hidden_size
         self.norm_before_residual = norm_before_residual
-        self.input_layernorm = RMSNorm(hidden, eps=shape.eps, **args)
-        self.hidden_norm = RMSNorm(hidden, eps=shape.eps, **args)
-        self.self_attn = TTTAttention(shape.attention(input_size=2 * hidden), shape.rope, **args)
-        self.post_attention_layernorm = RMSNorm(hidden, eps=shape.eps, **args)
-        self.mlp = gated_mlp(shape, **args)
+        self.input_layernorm = RMSNorm(hidden, eps=shape.eps, place=place)
+        self.hidden_norm = RMSNorm(hidden, eps=shape.eps, place=place)
+        self.self_attn = TTTAttention(shape.attention(input_size=2 * hidden), shape.rope, place=place)
+        self.post_attention_layernorm = RMSNorm(hidden, eps=shape.eps, place=place)
+        self.mlp = gated_mlp(shape, place=place)
 
     def forward(self, hidden: Tensor, embedding: Tensor, *, step: int, past: list[KeyValue]) -> Tensor:
         """One TTT step: two times [s or s/size, b, h] -> the same; appends to `past`."""
@@ -68,45 +63,37 @@ class Eagle3Draft(Draft):
     reads: ClassVar[Reads] = "aux"
     d2t: Tensor
 
-    def __init__(
-        self,
-        config: EagleConfig,
-        base: BaseArchitecture,
-        *,
-        tp: TensorParallel,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, config: EagleConfig, base: BaseArchitecture, *, place: Placement) -> None:
         """Allocate this rank's shard.
 
         Args:
             config: resolved against `base`.
             base: the base model.
-            tp: the tensor-parallel group.
-            dtype: parameter dtype.
-            device: parameter device.
+            place: group, dtype and device.
         """
-        super().__init__(tp=tp)
+        super().__init__(tp=place.tp)
         architecture = config.eagle_architecture_config
         self.architecture = architecture
         self.aux_layer_ids = architecture.eagle_aux_hidden_state_layer_ids
-        args: dict[str, Any] = {"tp": tp, "dtype": dtype, "device": device}
         hidden, num_aux = base.hidden_size, len(self.aux_layer_ids)
         shape = LayerShape(architecture, base, resolve_rope(architecture, base))
-        norms = {"eps": shape.eps, **args}
-        self.input_norm = RMSNorm(num_aux * hidden, **norms) if architecture.norm_before_fc else None
-        self.fc_norm = nn.ModuleList(RMSNorm(hidden, **norms) for _ in range(num_aux)) if architecture.fc_norm else None
-        self.fc = ShardedLinear(num_aux * hidden, hidden, shard_dim=1, what="aux layers x hidden_size", **args)
-        first = Eagle3Layer(shape, norm_before_residual=architecture.norm_before_residual, **args)
-        further = [DecoderLayer(shape, **args) for _ in range(architecture.num_hidden_layers - 1)]
+        self.input_norm = RMSNorm(num_aux * hidden, eps=shape.eps, place=place) if architecture.norm_before_fc else None
+        self.fc_norm = (
+            nn.ModuleList(RMSNorm(hidden, eps=shape.eps, place=place) for _ in range(num_aux))
+            if architecture.fc_norm
+            else None
+        )
+        self.fc = ShardedLinear(num_aux * hidden, hidden, shard_dim=1, what="aux layers x hidden_size", place=place)
+        first = Eagle3Layer(shape, norm_before_residual=architecture.norm_before_residual, place=place)
+        further = [DecoderLayer(shape, place=place) for _ in range(architecture.num_hidden_layers - 1)]
         self.layers = nn.ModuleList([first, *further])
-        self.norm = RMSNorm(hidden, **norms)
+        self.norm = RMSNorm(hidden, eps=shape.eps, place=place)
         assert architecture.draft_vocab_size is not None
         self.has_reduced_vocabulary = architecture.draft_vocab_size < base.vocab_size
         owns_head = self.has_reduced_vocabulary or architecture.has_lm_head
-        self.lm_head = VocabularyHead(hidden, architecture.draft_vocab_size, **args) if owns_head else None
+        self.lm_head = VocabularyHead(hidden, architecture.draft_vocab_size, place=place) if owns_head else None
         if self.has_reduced_vocabulary:
-            d2t = torch.full((architecture.draft_vocab_size,), -1, dtype=torch.int64, device=device)
+            d2t = torch.full((architecture.draft_vocab_size,), -1, dtype=torch.int64, device=place.device)
             self.register_buffer("d2t", d2t)
 
     def own_heads(self) -> list[VocabularyHead]:

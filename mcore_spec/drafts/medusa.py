@@ -6,7 +6,7 @@ are one term a rank, summed where the rows entered the parallel region.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,39 +16,21 @@ from mcore_spec.config import BaseArchitecture, MedusaConfig
 from mcore_spec.drafts.draft import Draft, Reads
 from mcore_spec.layers.linear import ShardedLinear, VocabularyHead
 from mcore_spec.parallel.collectives import gather
-from mcore_spec.parallel.tensor_parallel import TensorParallel
+from mcore_spec.parallel.tensor_parallel import Placement
 
 
 class ResidualBlock(nn.Module):
     """z + SiLU(W z + b), W's rows sharded; the identity at the start."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        tp: TensorParallel,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, hidden_size: int, *, place: Placement) -> None:
         """Allocate this rank's rows.
 
         Args:
             hidden_size: width.
-            tp: the tensor-parallel group.
-            dtype: parameter dtype.
-            device: parameter device.
+            place: group, dtype and device.
         """
         super().__init__()
-        self.linear = ShardedLinear(
-            hidden_size,
-            hidden_size,
-            shard_dim=0,
-            bias=True,
-            what="hidden_size",
-            tp=tp,
-            dtype=dtype,
-            device=device,
-        )
+        self.linear = ShardedLinear(hidden_size, hidden_size, shard_dim=0, bias=True, what="hidden_size", place=place)
 
     def forward(self, z: Tensor) -> Tensor:
         """[s, b, h], inside the parallel region -> the same."""
@@ -58,17 +40,17 @@ class ResidualBlock(nn.Module):
 class MedusaHead(nn.Module):
     """Residual blocks and a head of its own."""
 
-    def __init__(self, num_layers: int, base: BaseArchitecture, **args: Any) -> None:
+    def __init__(self, num_layers: int, base: BaseArchitecture, *, place: Placement) -> None:
         """Allocate this rank's shard.
 
         Args:
             num_layers: residual blocks.
             base: the base model.
-            args: tensor-parallel group, dtype and device.
+            place: group, dtype and device.
         """
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(base.hidden_size, **args) for _ in range(num_layers))
-        self.lm_head = VocabularyHead(base.hidden_size, base.vocab_size, **args)
+        self.blocks = nn.ModuleList(ResidualBlock(base.hidden_size, place=place) for _ in range(num_layers))
+        self.lm_head = VocabularyHead(base.hidden_size, base.vocab_size, place=place)
 
     def forward(self, z: Tensor) -> Tensor:
         """[s, b, h], inside the parallel region -> this rank's logits [s, b, padded vocabulary / size]."""
@@ -82,29 +64,18 @@ class MedusaDraft(Draft):
 
     reads: ClassVar[Reads] = "last"
 
-    def __init__(
-        self,
-        config: MedusaConfig,
-        base: BaseArchitecture,
-        *,
-        tp: TensorParallel,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, config: MedusaConfig, base: BaseArchitecture, *, place: Placement) -> None:
         """Allocate this rank's shard.
 
         Args:
             config: number of heads and layers.
             base: the base model.
-            tp: the tensor-parallel group.
-            dtype: parameter dtype.
-            device: parameter device.
+            place: group, dtype and device.
         """
-        super().__init__(tp=tp)
+        super().__init__(tp=place.tp)
         self.config = config
-        args: dict[str, Any] = {"tp": tp, "dtype": dtype, "device": device}
         self.heads = nn.ModuleList(
-            MedusaHead(config.medusa_num_layers, base, **args) for _ in range(config.medusa_num_heads)
+            MedusaHead(config.medusa_num_layers, base, place=place) for _ in range(config.medusa_num_heads)
         )
 
     def medusa_heads(self) -> list[MedusaHead]:

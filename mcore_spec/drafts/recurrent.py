@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from mcore_spec.drafts.draft import Draft, StepOutput
+from mcore_spec.config import BaseArchitecture, EagleConfig
+from mcore_spec.drafts.draft import Draft, Reads, StepOutput
+from mcore_spec.drafts.resolve import resolve_rope
 from mcore_spec.layers.attention import KeyValue
-from mcore_spec.layers.decoder import DecoderLayer, LayerShape
-from mcore_spec.parallel.tensor_parallel import TensorParallel
+from mcore_spec.layers.decoder import DecoderLayer, LayerShape, init_linear_weights
+from mcore_spec.parallel.tensor_parallel import Placement
 
 
 class RecurrentDraft(Draft):
     """A draft whose state has the form of the base's last hidden state; its head is the base's."""
 
-    def __init__(self, *, tp: TensorParallel) -> None:
-        """Remember the group.
+    reads: ClassVar[Reads] = "last"
+
+    def __init__(
+        self, config: EagleConfig, base: BaseArchitecture, *, first_input_norm: bool, place: Placement
+    ) -> None:
+        """Allocate this rank's shard of the decoder layers.
 
         Args:
-            tp: the tensor-parallel group.
+            config: resolved against `base`.
+            base: the base model.
+            first_input_norm: whether the first layer has an input norm.
+            place: group, dtype and device.
         """
-        super().__init__(tp=tp)
-        self.layers: nn.ModuleList
+        super().__init__(tp=place.tp)
+        self.architecture = config.eagle_architecture_config
+        self.shape = LayerShape(self.architecture, base, resolve_rope(self.architecture, base))
+        self.layers = nn.ModuleList(
+            DecoderLayer(self.shape, input_norm=first_input_norm or index > 0, place=place)
+            for index in range(self.architecture.num_hidden_layers)
+        )
+
+    def init_weights(self, *, seed: int) -> None:
+        """Normal matrices with standard deviation ``initializer_range``; norms one."""
+        init_linear_weights(self, std=self.architecture.initializer_range, seed=seed)
 
     def join(self, embedding: Tensor, state: Tensor) -> Tensor:
         """The input of the first layer."""
@@ -53,10 +71,3 @@ class RecurrentDraft(Draft):
             state = self.finish(x)
             outputs.append(StepOutput(state, state))
         return outputs
-
-
-def decoder_layers(shape: LayerShape, num_layers: int, *, first_input_norm: bool, **args: Any) -> nn.ModuleList:
-    """`num_layers` ordinary layers; the first may lack its input norm."""
-    return nn.ModuleList(
-        DecoderLayer(shape, input_norm=first_input_norm or index > 0, **args) for index in range(num_layers)
-    )

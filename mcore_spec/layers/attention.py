@@ -7,6 +7,7 @@ products a row. The two are merged by their log-sum-exp, so that nothing of size
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from mcore_spec.config import RopeConfig
 from mcore_spec.layers.linear import ShardedLinear
 from mcore_spec.layers.norm import RMSNorm
 from mcore_spec.layers.rotary import RotaryEmbedding, apply_rotary
-from mcore_spec.parallel.tensor_parallel import TensorParallel
+from mcore_spec.parallel.tensor_parallel import Placement
 
 
 class KeyValue(NamedTuple):
@@ -50,36 +51,30 @@ class TTTAttention(nn.Module):
         shape: AttentionShape,
         rope: RopeConfig,
         *,
-        tp: TensorParallel,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        place: Placement,
     ) -> None:
         """Allocate this rank's heads.
 
         Args:
             shape: whole sizes.
             rope: rotary embedding.
-            tp: the tensor-parallel group.
-            dtype: parameter dtype.
-            device: parameter device.
+            place: group, dtype and device.
         """
         super().__init__()
-        self.shape, self.tp = shape, tp
-        self.num_local_heads = tp.local(shape.num_heads, what="num_attention_heads")
-        self.num_local_kv_heads = tp.local(shape.num_kv_heads, what="num_key_value_heads")
+        self.shape, self.tp = shape, place.tp
+        self.num_local_heads = place.tp.local(shape.num_heads, what="num_attention_heads")
+        self.num_local_kv_heads = place.tp.local(shape.num_kv_heads, what="num_key_value_heads")
         query_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        args: dict[str, Any] = {"tp": tp, "dtype": dtype, "device": device}
         bias = shape.qkv_bias
-        self.q_proj = ShardedLinear(shape.input_size, query_size, shard_dim=0, bias=bias, **args)
-        self.k_proj = ShardedLinear(shape.input_size, kv_size, shard_dim=0, bias=bias, **args)
-        self.v_proj = ShardedLinear(shape.input_size, kv_size, shard_dim=0, bias=bias, **args)
-        self.o_proj = ShardedLinear(query_size, shape.hidden_size, shard_dim=1, bias=shape.output_bias, **args)
+        self.q_proj = ShardedLinear(shape.input_size, query_size, shard_dim=0, bias=bias, place=place)
+        self.k_proj = ShardedLinear(shape.input_size, kv_size, shard_dim=0, bias=bias, place=place)
+        self.v_proj = ShardedLinear(shape.input_size, kv_size, shard_dim=0, bias=bias, place=place)
+        self.o_proj = ShardedLinear(query_size, shape.hidden_size, shard_dim=1, bias=shape.output_bias, place=place)
         # The norms of single heads stand inside the parallel region: each rank sees other heads of
         # every row, so their gradients are summed over the group with and without sequence parallelism.
-        inside = TensorParallel(group=tp.group, sequence_parallel=tp.size > 1)
-        norm_args: dict[str, Any] = {"eps": shape.eps, "tp": inside, "dtype": dtype, "device": device}
-        self.q_norm = RMSNorm(shape.head_dim, **norm_args) if shape.qk_norm else None
-        self.k_norm = RMSNorm(shape.head_dim, **norm_args) if shape.qk_norm else None
+        inside = replace(place, tp=replace(place.tp, sequence_parallel=place.tp.size > 1))
+        self.q_norm = RMSNorm(shape.head_dim, eps=shape.eps, place=inside) if shape.qk_norm else None
+        self.k_norm = RMSNorm(shape.head_dim, eps=shape.eps, place=inside) if shape.qk_norm else None
         self.rotary = RotaryEmbedding(rope, shape.head_dim)
 
     def forward(self, x: Tensor, *, step: int, past: list[KeyValue]) -> Tensor:

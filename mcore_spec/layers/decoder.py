@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from mcore_spec.config import BaseArchitecture, EagleArchitectureConfig, RopeConfig
@@ -12,7 +11,7 @@ from mcore_spec.layers.attention import AttentionShape, KeyValue, TTTAttention
 from mcore_spec.layers.linear import ShardedLinear
 from mcore_spec.layers.mlp import GatedMLP
 from mcore_spec.layers.norm import RMSNorm
-from mcore_spec.parallel.tensor_parallel import TensorParallel
+from mcore_spec.parallel.tensor_parallel import Placement
 
 T = TypeVar("T")
 
@@ -66,26 +65,21 @@ class DecoderLayer(nn.Module):
         shape: LayerShape,
         *,
         input_norm: bool = True,
-        tp: TensorParallel,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        place: Placement,
     ) -> None:
         """Allocate this rank's shard.
 
         Args:
             shape: whole sizes.
             input_norm: whether there is a norm before attention.
-            tp: the tensor-parallel group.
-            dtype: parameter dtype.
-            device: parameter device.
+            place: group, dtype and device.
         """
         super().__init__()
-        args: dict[str, Any] = {"tp": tp, "dtype": dtype, "device": device}
         hidden = shape.hidden_size
-        self.input_layernorm = RMSNorm(hidden, eps=shape.eps, **args) if input_norm else None
-        self.self_attn = TTTAttention(shape.attention(input_size=hidden), shape.rope, **args)
-        self.post_attention_layernorm = RMSNorm(hidden, eps=shape.eps, **args)
-        self.mlp = gated_mlp(shape, **args)
+        self.input_layernorm = RMSNorm(hidden, eps=shape.eps, place=place) if input_norm else None
+        self.self_attn = TTTAttention(shape.attention(input_size=hidden), shape.rope, place=place)
+        self.post_attention_layernorm = RMSNorm(hidden, eps=shape.eps, place=place)
+        self.mlp = gated_mlp(shape, place=place)
 
     def forward(self, x: Tensor, *, step: int, past: list[KeyValue]) -> Tensor:
         """One TTT step: [s or s/size, b, h] -> the same; appends to `past`."""
@@ -94,18 +88,14 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def gated_mlp(
-    shape: LayerShape, *, tp: TensorParallel, dtype: torch.dtype | None, device: torch.device | str | None
-) -> GatedMLP:
+def gated_mlp(shape: LayerShape, *, place: Placement) -> GatedMLP:
     """The MLP of a decoder layer of this shape."""
     return GatedMLP(
         shape.hidden_size,
         shape.intermediate_size,
         hidden_act=shape.hidden_act,
         bias=shape.mlp_bias,
-        tp=tp,
-        dtype=dtype,
-        device=device,
+        place=place,
     )
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mcore_spec.layers.init import full_normal
 from mcore_spec.parallel.collectives import gather, scatter
 from mcore_spec.parallel.sharding import Shard
-from mcore_spec.parallel.tensor_parallel import SEQUENCE_DIM, TensorParallel
+from mcore_spec.parallel.tensor_parallel import SEQUENCE_DIM, Placement
 
 # Dimension of the weight [out, in] that is cut over the ranks.
 ShardDim = Literal[0, 1]
@@ -35,11 +35,9 @@ class ShardedLinear(nn.Module):
         out_features: int,
         *,
         shard_dim: ShardDim,
-        tp: TensorParallel,
+        place: Placement,
         bias: bool = False,
         what: str = "features",
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
     ) -> None:
         """Allocate this rank's shard; values come from `init_weights` or from a checkpoint.
 
@@ -47,23 +45,17 @@ class ShardedLinear(nn.Module):
             in_features: columns of the whole weight.
             out_features: rows of the whole weight.
             shard_dim: which of the two is cut.
-            tp: the tensor-parallel group.
+            place: group, dtype and device.
             bias: whether there is a bias (sharded with the output, replicated for ``shard_dim = 1``).
             what: name of the sharded quantity, for the error when it does not divide.
-            dtype: parameter dtype.
-            device: parameter device.
         """
         super().__init__()
-        self.in_features, self.out_features, self.shard_dim, self.tp = (
-            in_features,
-            out_features,
-            shard_dim,
-            tp,
-        )
-        local = tp.local(out_features if shard_dim == 0 else in_features, what=what)
+        self.in_features, self.out_features = in_features, out_features
+        self.shard_dim, self.tp = shard_dim, place.tp
+        local = place.tp.local(out_features if shard_dim == 0 else in_features, what=what)
         shape = (local, in_features) if shard_dim == 0 else (out_features, local)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.zeros(shape[0], dtype=dtype, device=device)) if bias else None
+        self.weight = nn.Parameter(torch.empty(shape, dtype=place.dtype, device=place.device))
+        self.bias = nn.Parameter(torch.zeros(shape[0], dtype=place.dtype, device=place.device)) if bias else None
 
     def shards(self) -> dict[str, Shard]:
         """How each parameter is cut over the group."""
@@ -107,28 +99,18 @@ class VocabularyHead(nn.Module):
     The owner enters the parallel region (`TensorParallel.enter`) and drops the padding's logits.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        vocab_size: int,
-        *,
-        tp: TensorParallel,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, hidden_size: int, vocab_size: int, *, place: Placement) -> None:
         """Allocate this rank's rows.
 
         Args:
             hidden_size: columns.
             vocab_size: rows without padding.
-            tp: the tensor-parallel group.
-            dtype: parameter dtype.
-            device: parameter device.
+            place: group, dtype and device.
         """
         super().__init__()
-        self.hidden_size, self.vocab_size, self.tp = hidden_size, vocab_size, tp
-        rows = tp.padded(vocab_size) // tp.size
-        self.weight = nn.Parameter(torch.zeros(rows, hidden_size, dtype=dtype, device=device))
+        self.hidden_size, self.vocab_size, self.tp = hidden_size, vocab_size, place.tp
+        rows = place.tp.padded(vocab_size) // place.tp.size
+        self.weight = nn.Parameter(torch.zeros(rows, hidden_size, dtype=place.dtype, device=place.device))
 
     def shards(self) -> dict[str, Shard]:
         """How the weight is cut over the group."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mcore_spec.layers.linear import ShardedLinear
-from mcore_spec.parallel.tensor_parallel import TensorParallel
+from mcore_spec.parallel.tensor_parallel import Placement
 
 # Also the activations that a base may have; one owner for what the names mean.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,9 +29,7 @@ class GatedMLP(nn.Module):
         *,
         hidden_act: str,
         bias: bool,
-        tp: TensorParallel,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        place: Placement,
     ) -> None:
         """Allocate this rank's shard.
 
@@ -42,19 +38,15 @@ class GatedMLP(nn.Module):
             intermediate_size: inner width.
             hidden_act: a key of `ACTIVATIONS`.
             bias: bias on the three projections.
-            tp: the tensor-parallel group.
-            dtype: parameter dtype.
-            device: parameter device.
+            place: group, dtype and device.
         """
         super().__init__()
-        self.tp = tp
+        self.tp = place.tp
         self.activation = ACTIVATIONS[hidden_act]
-        args: dict[str, Any] = {
-            "tp": tp, "bias": bias, "what": "intermediate_size", "dtype": dtype, "device": device
-        }  # fmt: skip
-        self.gate_proj = ShardedLinear(hidden_size, intermediate_size, shard_dim=0, **args)
-        self.up_proj = ShardedLinear(hidden_size, intermediate_size, shard_dim=0, **args)
-        self.down_proj = ShardedLinear(intermediate_size, hidden_size, shard_dim=1, **args)
+        what = "intermediate_size"
+        self.gate_proj = ShardedLinear(hidden_size, intermediate_size, shard_dim=0, bias=bias, what=what, place=place)
+        self.up_proj = ShardedLinear(hidden_size, intermediate_size, shard_dim=0, bias=bias, what=what, place=place)
+        self.down_proj = ShardedLinear(intermediate_size, hidden_size, shard_dim=1, bias=bias, what=what, place=place)
 
     def forward(self, x: Tensor) -> Tensor:
         """[s or s/size, b, h] -> [s or s/size, b, h]."""

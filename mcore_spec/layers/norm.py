@@ -6,33 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from mcore_spec.parallel.sharding import Shard
-from mcore_spec.parallel.tensor_parallel import TensorParallel
+from mcore_spec.parallel.tensor_parallel import Placement
 
 
 class RMSNorm(nn.Module):
     """y = w * x / sqrt(mean(x^2) + eps) over the last dimension, rounded as transformers' Llama does."""
 
-    def __init__(
-        self,
-        size: int,
-        *,
-        eps: float,
-        tp: TensorParallel,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, size: int, *, eps: float, place: Placement) -> None:
         """Weight of ones.
 
         Args:
             size: last dimension.
             eps: added to the mean square.
-            tp: decides how the replicated weight's gradient is summed.
-            dtype: parameter dtype.
-            device: parameter device.
+            place: group, dtype and device.
         """
         super().__init__()
-        self.size, self.eps, self.tp = size, eps, tp
-        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
+        self.size, self.eps, self.tp = size, eps, place.tp
+        self.weight = nn.Parameter(torch.ones(size, dtype=place.dtype, device=place.device))
 
     def shards(self) -> dict[str, Shard]:
         """The weight is replicated."""

@@ -6,8 +6,9 @@ A draft is written once, for one rank's shard of the heads and one rank's shard 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from mcore_spec.errors import ConfigError
@@ -82,3 +83,18 @@ class TensorParallel:
         group; otherwise every rank computes the whole gradient already.
         """
         return copy_to_group(weight, self.group) if self.sequence_parallel else weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where and as what a module's parameters are allocated.
+
+    Attributes:
+        tp: the ranks that share each layer.
+        dtype: of the parameters; ``None``: torch's default.
+        device: of the parameters; ``None``: torch's default.
+    """
+
+    tp: TensorParallel = field(default_factory=TensorParallel)
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None

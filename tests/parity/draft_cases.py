@@ -20,7 +20,7 @@ from mcore_spec.drafts.medusa import MedusaDraft
 from mcore_spec.errors import McoreSpecError
 from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.parallel.sharding import Shard, gather_whole, sharded_tensors
-from mcore_spec.parallel.tensor_parallel import TensorParallel
+from mcore_spec.parallel.tensor_parallel import Placement, TensorParallel
 from tests.tiny import VOCAB_SIZE, base_architecture, cut, draft_to_target, drawn, fill, import_base
 
 LENGTH, BATCH, STEPS = 6, 2, 4
@@ -117,7 +117,7 @@ def build(variant: Variant, tp: TensorParallel) -> Built:
     d2t = draft_to_target() if variant.has_d2t else None
     config = ALGORITHMS[name].resolve(with_draft_vocabulary(config, d2t), base)
     check_convertible(config, d2t)
-    draft = ALGORITHMS[name].build(config, base, tp=tp, dtype=torch.float64)
+    draft = ALGORITHMS[name].build(config, base, place=Placement(tp=tp, dtype=torch.float64))
     fill(draft, tp)
     return Built(draft, config, base)
 

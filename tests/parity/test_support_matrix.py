@@ -6,8 +6,6 @@ computes: its hidden states, its embedding, its head, its rotary frequencies.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
