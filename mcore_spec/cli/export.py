@@ -10,6 +10,7 @@ from mcore_spec.cli.convert import layout_of
 from mcore_spec.cli.terminal import say
 from mcore_spec.errors import CheckpointError
 from mcore_spec.export.base import export_base_directory
+from mcore_spec.export.directory import check_export_directory
 from mcore_spec.export.draft import export_draft
 from mcore_spec.parallel.layout import parallel_runtime, run_on_rank_zero
 
@@ -24,6 +25,7 @@ def run(arguments: ExportArguments) -> None:
             raise CheckpointError(
                 f"load = {arguments.load} has no draft; convert it first, or leave --export-extra-modules out"
             )
+        run_on_rank_zero(lambda: check_export_directory(directory, overwrite=arguments.overwrite))
         model = load_checkpoint(checkpoint, layout, transformer_impl=arguments.transformer_impl)
         if arguments.export_extra_modules:
             export_draft(

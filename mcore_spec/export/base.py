@@ -13,7 +13,7 @@ from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.export.directory import atomic_directory
 from mcore_spec.parallel.collectives import group_rank
-from mcore_spec.parallel.layout import run_on_rank_zero
+from mcore_spec.parallel.layout import run_on_every_rank, run_on_rank_zero
 from mcore_spec.weights.hf_config import to_hf_config
 from mcore_spec.weights.hf_export import export_base
 
@@ -37,8 +37,8 @@ def export_base_directory(
     """
     config = base_config(record)
     with atomic_directory(directory, record=record, overwrite=overwrite) as partial:
-        if group_rank(model.pg_collection.dp_cp) == 0:
-            export_base(MegatronBase(model), partial)
+        is_writing = group_rank(model.pg_collection.dp_cp) == 0
+        run_on_every_rank(lambda: export_base(MegatronBase(model), partial) if is_writing else None)
         run_on_rank_zero(lambda: _write_files(partial, config, tokenizer_path))
 
 

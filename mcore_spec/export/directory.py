@@ -40,7 +40,12 @@ def atomic_directory(final: Path, *, record: CheckpointRecord, overwrite: bool) 
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _begin(final: Path, *, overwrite: bool) -> Path:
+def check_export_directory(final: Path, *, overwrite: bool) -> None:
+    """Refuse a name that is taken, before any work is done.
+
+    Raises:
+        ConfigError: it is taken, by something that is not to be or must not be replaced.
+    """
     if final.exists() and not overwrite:
         raise ConfigError(f"export_dir = {final} exists; choose another directory, or give --overwrite")
     if final.exists() and (not final.is_dir() or (any(final.iterdir()) and not (final / MARKER).exists())):
@@ -48,6 +53,10 @@ def _begin(final: Path, *, overwrite: bool) -> Path:
             f"export_dir = {final} is not an earlier export (no {MARKER} in it), and --overwrite replaces nothing "
             "else; choose another directory"
         )
+
+
+def _begin(final: Path, *, overwrite: bool) -> Path:
+    check_export_directory(final, overwrite=overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(f".partial-{final.name}")
     if partial.exists():

@@ -26,7 +26,7 @@ from mcore_spec.export.mtp import plan_mtp
 from mcore_spec.export.plan import ExportFormat, ExportPlan, PlannedTensors
 from mcore_spec.parallel.collectives import group_rank
 from mcore_spec.parallel.layout import run_on_every_rank
-from mcore_spec.weights.safetensors_io import SINGLE_NAME, safetensors_writer
+from mcore_spec.weights.safetensors_io import SINGLE_NAME, write_tensors
 
 
 def plan_export(draft: Draft, record: CheckpointRecord, export_format: ExportFormat) -> ExportPlan:
@@ -75,20 +75,16 @@ def export_draft(
     # Before anything is created: a draft that does not serve leaves no trace.
     plan = run_on_every_rank(lambda: None if draft is None else plan_export(draft, record, export_format))
     with atomic_directory(directory, record=record, overwrite=overwrite) as partial:
-        if draft is not None and plan is not None and group_rank(model.pg_collection.dp_cp) == 0:
-            _write(partial, plan, draft, base, record)
+        is_writing = group_rank(model.pg_collection.dp_cp) == 0
+        run_on_every_rank(lambda: _write(partial, plan, draft, base, record) if draft and plan and is_writing else None)
 
 
 def _write(directory: Path, plan: ExportPlan, draft: Draft, base: MegatronBase, record: CheckpointRecord) -> None:
     tensors = PlannedTensors(plan, draft, base)
-    if draft.tp.rank > 0:
-        for _ in tensors.gather():
-            pass
-        return
     specs = tensors.specs()
-    with safetensors_writer(directory / SINGLE_NAME, specs) as writer:
-        for name, tensor in tensors.gather():
-            writer.write(name, tensor)
+    write_tensors(directory / SINGLE_NAME if draft.tp.rank == 0 else None, specs, tensors.gather())
+    if draft.tp.rank > 0:
+        return
     num_parameters = sum(math.prod(spec.shape) for spec in specs if spec.dtype.is_floating_point)
     card = model_card(plan, record, algorithm=algorithm_name(draft), num_parameters=num_parameters)
     (directory / "README.md").write_text(card)

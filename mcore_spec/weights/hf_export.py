@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,10 @@ from mcore_spec.config import BaseArchitecture
 from mcore_spec.parallel.layout import is_rank_zero
 from mcore_spec.weights.families import Row, base_rows, stored_shapes
 from mcore_spec.weights.hf_import import local_rows
-from mcore_spec.weights.safetensors_io import INDEX_NAME, SINGLE_NAME, TensorSpec, safetensors_writer
+from mcore_spec.weights.safetensors_io import INDEX_NAME, SINGLE_NAME, TensorSpec, write_tensors
 
 MAX_FILE_BYTES = 5 * 10**9
+Value = TypeVar("Value")
 
 
 def export_base(base: MegatronBase, directory: Path) -> None:
@@ -27,31 +29,47 @@ def export_base(base: MegatronBase, directory: Path) -> None:
     Args:
         base: this rank's part.
         directory: exists; receives one file or several with an index.
+
+    Raises:
+        OSError: on the ranks that could not write; the others finish.
     """
     rows = _rows(base)
     own = [stored_specs(row, base.architecture) for row, _ in rows]
     sizes = [sum(spec.num_bytes for spec in specs) for specs in own]
     files = _pack(sizes)
-    counts: list[int] = [0] * base.num_stages
-    dist.all_gather_object(counts, len(files), group=base.pp_group)
+    counts = _of_stages(base, len(files))
     first, total = sum(counts[: base.stage]), sum(counts)
-    weight_map: dict[str, str] = {}
-    for number, indices in enumerate(files, start=first + 1):
-        file_name = SINGLE_NAME if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
-        specs = [spec for index in indices for spec in own[index]]
-        weight_map |= {spec.name: file_name for spec in specs}
-        tensors = (pair for index in indices for pair in _whole(base, *rows[index]))
-        _write(base, directory / file_name, specs, tensors)
-    maps: list[dict[str, str]] = [{}] * base.num_stages
-    dist.all_gather_object(maps, weight_map, group=base.pp_group)
-    totals: list[int] = [0] * base.num_stages
-    dist.all_gather_object(totals, sum(sizes), group=base.pp_group)
+    names = [_file_name(number, total) for number in range(first + 1, first + 1 + len(files))]
+    specs = [[spec for index in indices for spec in own[index]] for indices in files]
+    weight_map = {spec.name: name for name, held in zip(names, specs, strict=True) for spec in held}
+    maps, totals = _of_stages(base, weight_map), _of_stages(base, sum(sizes))
     if total > 1 and is_rank_zero():
         index = {
             "metadata": {"total_size": sum(totals)},
             "weight_map": {name: file for stage in maps for name, file in stage.items()},
         }
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    # What one file lacks in space the next lacks too; every file is gone through for the other ranks' sake.
+    failure: OSError | None = None
+    for name, held, indices in zip(names, specs, files, strict=True):
+        tensors = (pair for index in indices for pair in _whole(base, *rows[index]))
+        try:
+            write_tensors(directory / name if base.tp.rank == 0 else None, held, tensors)
+        except OSError as error:
+            failure = error
+    if failure is not None:
+        raise failure
+
+
+def _of_stages(base: MegatronBase, value: Value) -> list[Value]:
+    """Every pipeline stage's value, in order."""
+    values = [value] * base.num_stages
+    dist.all_gather_object(values, value, group=base.pp_group)
+    return values
+
+
+def _file_name(number: int, total: int) -> str:
+    return SINGLE_NAME if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
 def _rows(base: MegatronBase) -> list[tuple[Row, Tensor]]:
@@ -92,14 +110,3 @@ def _whole(base: MegatronBase, row: Row, tensor: Tensor) -> Iterator[tuple[str, 
         dist.all_gather(parts, tensor.detach().contiguous(), group=base.tp.group)
     whole = row.cut.join(parts, len(row.stored), base.architecture)
     yield from zip(row.stored, whole, strict=True)
-
-
-def _write(base: MegatronBase, path: Path, specs: list[TensorSpec], tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """One rank of the group writes; the others only take part in gathering."""
-    if base.tp.rank > 0:
-        for _ in tensors:
-            pass
-        return
-    with safetensors_writer(path, specs) as writer:
-        for name, tensor in tensors:
-            writer.write(name, tensor)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -218,12 +217,27 @@ class SafetensorsWriter:
         assert self._next == len(self._specs), f"{len(self._specs) - self._next} tensors were not written"
 
 
-@contextmanager
-def safetensors_writer(path: Path, specs: Sequence[TensorSpec]) -> Iterator[SafetensorsWriter]:
-    """A writer that is closed at the end of the block, and complete unless the block fails."""
-    writer = SafetensorsWriter(path, specs)
+def write_tensors(path: Path | None, specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write one file from tensors that several ranks produce together, one at a time.
+
+    Args:
+        path: must not exist; ``None`` on ranks that take part in producing the tensors and write nothing.
+        specs: all tensors, in the order in which they come.
+        tensors: name and whole tensor; gathered while it is iterated.
+
+    Raises:
+        OSError: writing failed. The rest of `tensors` is gathered all the same: the other ranks wait in it.
+    """
+    remaining = iter(tensors)
     try:
-        yield writer
-        writer.check_complete()
+        if path is not None:
+            writer = SafetensorsWriter(path, specs)
+            try:
+                for name, tensor in remaining:
+                    writer.write(name, tensor)
+                writer.check_complete()
+            finally:
+                writer.close()
     finally:
-        writer.close()
+        for _ in remaining:
+            pass

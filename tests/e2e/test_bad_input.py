@@ -496,3 +496,15 @@ def test_a_full_disk_while_exporting(num_bytes: int, what: tuple[str, ...], big,
         done = run("export", "--load", checkpoint, "--export-dir", disk / "export", *what)
         check_refused(done, disk, "free space or choose another --export-dir")
         assert tree(disk) == {}
+
+
+@pytest.mark.parametrize("layout", ["--tensor-model-parallel-size", "--pipeline-model-parallel-size"])
+@pytest.mark.parametrize("what", [[], ["--export-extra-modules"]])
+def test_a_full_disk_stops_every_rank(layout: str, what: list[str], big, rank_pool: RankPool, tmp_path: Path) -> None:
+    """Only one rank writes and fails; the others are told, and none waits for it."""
+    _, checkpoint = big
+    with small_disk(tmp_path / "disk", num_bytes=16 << 10) as disk:
+        words = ["--load", str(checkpoint), "--export-dir", str(disk / "export"), layout, "2", *what]
+        codes = rank_pool.run("tests.e2e.rank_cases:exit_code", world_size=2, command="export", words=words)
+        assert codes == [2, 2]
+        assert tree(disk) == {}
