@@ -20,7 +20,8 @@ from mcore_spec.drafts.vocab_map import check_draft_to_target
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.parallel.tensor_parallel import Placement
 
-# The three ways to name a mode: "medusa"; {"algorithm": "eagle", "config": {...}}; [("eagle", {...})].
+# The ways to name a mode: "medusa"; [("eagle", {...})]; a preset, {"algorithm": "eagle", "config": {...}}, or the
+# configuration in it alone.
 Mode: TypeAlias = str | Mapping[str, Any] | Sequence[tuple[str, Mapping[str, Any] | StrictConfig]]
 Resolve: TypeAlias = Callable[[Any, BaseArchitecture], Any]
 Build: TypeAlias = Callable[..., Draft]
@@ -77,17 +78,7 @@ def parse_mode(mode: Mode) -> tuple[str, StrictConfig]:
     Raises:
         ConfigError: not one of the forms, an unknown algorithm, or a configuration that does not validate.
     """
-    values: Mapping[str, Any] | StrictConfig
-    if isinstance(mode, str):
-        name, values = mode, {}
-    elif isinstance(mode, Mapping):
-        if set(mode) != {"algorithm", "config"}:
-            raise ConfigError(f"mode has keys {sorted(mode)}; a preset has 'algorithm' and 'config'")
-        name, values = mode["algorithm"], mode["config"]
-    elif len(mode) == 1 and len(mode[0]) == 2:
-        name, values = mode[0]
-    else:
-        raise ConfigError(f"mode = {mode!r} must name exactly one algorithm: [(name, config)], a preset, or a name")
+    name, values = _name_and_values(mode)
     if name not in ALGORITHMS:
         raise ConfigError(f"algorithm {name!r} is not known; choose one of {', '.join(ALGORITHMS)}")
     config_class = ALGORITHMS[name].config_class
@@ -96,6 +87,23 @@ def parse_mode(mode: Mode) -> tuple[str, StrictConfig]:
             raise ConfigError(f"algorithm {name!r} takes a {config_class.__name__}, got {type(values).__name__}")
         return name, values
     return name, config_class.parse(values, where=f"{name} config")
+
+
+def _name_and_values(mode: Mode) -> tuple[str, Mapping[str, Any] | StrictConfig]:
+    if isinstance(mode, str):
+        return mode, {}
+    if isinstance(mode, Mapping) and set(mode) == {"algorithm", "config"}:
+        return mode["algorithm"], mode["config"]
+    if isinstance(mode, Mapping):
+        fitting = [name for name, known in ALGORITHMS.items() if mode.keys() & known.config_class.model_fields.keys()]
+        if len(fitting) == 1:
+            return fitting[0], mode
+    elif isinstance(mode, list | tuple) and len(mode) == 1 and len(mode[0]) == 2:
+        return mode[0]
+    raise ConfigError(
+        f"mode = {mode!r} must name exactly one algorithm: [(name, config)], a preset or its configuration, or one of "
+        f"the names {', '.join(ALGORITHMS)}"
+    )
 
 
 def conversion_of(model: nn.Module) -> Conversion | None:
@@ -112,7 +120,7 @@ def convert(model: nn.Module, mode: Mode, *, d2t: Tensor | None = None, seed: in
 
     Args:
         model: a megatron-core `GPTModel`, this rank's part.
-        mode: ``"medusa"``, a preset such as `EAGLE3_DEFAULT_CFG`, or ``[("eagle", {...})]``.
+        mode: ``"medusa"``, a preset such as `EAGLE3_DEFAULT_CFG` or its ``"config"``, or ``[("eagle", {...})]``.
         d2t: draft vocabulary, int64 [draft vocabulary] with target id = i + d2t[i]; needed where the draft
             vocabulary is smaller than the base's.
         seed: of the initial weights; they do not depend on the parallel layout.

@@ -196,6 +196,10 @@ def describe(model: GPTModel) -> BaseArchitecture:
     _require(model.rotary_percent == 1.0, f"rotary_percent = {model.rotary_percent}")
     _require(not config.rotary_interleaved, "rotary_interleaved = True")
     _require(not config.multi_latent_attention, "multi_latent_attention = True")
+    _require(not config.layernorm_zero_centered_gamma, "layernorm_zero_centered_gamma = True")
+    _require(not config.qk_l2_norm, "qk_l2_norm = True")
+    interpolation = model.rotary_pos_emb.seq_len_interpolation_factor
+    _require(interpolation in (None, 1), f"seq_len_interpolation_factor = {interpolation}")
     window = None if config.window_size is None else config.window_size[0] + 1
     windowed = [
         is_layer_window_attention(config.window_size, config.window_attn_skip_freq, number)

@@ -9,11 +9,23 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from torch.distributed import checkpoint as torch_checkpoint
 
 from mcore_spec.bases.megatron_build import MEGATRON_LLAMA3
-from mcore_spec.checkpoint.record import STORAGE_ERRORS, CheckpointRecord, storage_reason
+from mcore_spec.checkpoint.record import NOT_MODEL, STORAGE_ERRORS, CheckpointRecord, storage_reason
 from mcore_spec.config import BaseArchitecture, BaseIdentity, RopeConfig
 from mcore_spec.errors import CheckpointError, UnsupportedError
+
+_FINAL_NORM = "decoder.final_layernorm.weight"
+_REQUIRED = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "padded_vocab_size",
+    "params_dtype",
+)
 
 
 def megatron_lm_common(base: BaseArchitecture, iteration: int) -> dict[str, Any]:
@@ -68,7 +80,7 @@ def megatron_lm_record(path: Path) -> CheckpointRecord:
     """
     try:
         common = dist_checkpointing.load_common_state_dict(str(path))
-    except STORAGE_ERRORS as error:
+    except (*STORAGE_ERRORS, ImportError, AttributeError) as error:
         raise CheckpointError(f"{path} could not be read: {storage_reason(error)}") from error
     if "args" not in common:
         raise CheckpointError(f"{path} has neither mcore_spec.json nor Megatron-LM's arguments; it cannot be described")
@@ -92,7 +104,9 @@ def megatron_lm_record(path: Path) -> CheckpointRecord:
             "hidden_size": args["hidden_size"],
             "intermediate_size": args["ffn_hidden_size"],
             "num_attention_heads": heads,
-            "num_key_value_heads": args["num_query_groups"] if args.get("group_query_attention") else heads,
+            "num_key_value_heads": args.get("num_query_groups") or heads
+            if args.get("group_query_attention")
+            else heads,
             "head_dim": args.get("kv_channels") or args["hidden_size"] // heads,
             "vocab_size": args.get("vocab_size") or args["padded_vocab_size"],
             "max_position_embeddings": args["max_position_embeddings"],
@@ -107,22 +121,48 @@ def megatron_lm_record(path: Path) -> CheckpointRecord:
         },
         where=f"{path}: args",
     )
-    tensors = dist_checkpointing.load_tensors_metadata(str(path))
-    names = sorted(f"{name} {tensor.global_shape}" for name, tensor in tensors.items())
-    fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    identity = BaseIdentity(source=str(path), fingerprint=fingerprint)
+    identity = BaseIdentity(source=str(path), fingerprint=_fingerprint(path))
     return CheckpointRecord(base=base, identity=identity, conversion=None, packages={})
 
 
 def _check_megatron_lm(args: dict[str, Any], path: Path) -> None:
-    expected = {
+    """Refuse arguments that build another model under the same tensor names."""
+    # Argument -> what can be represented, and what Megatron-LM takes where the argument is absent.
+    expected: dict[str, tuple[Any, Any]] = {
         "position_embedding_type": ("rope", "learned_absolute"),
         "normalization": ("RMSNorm", "LayerNorm"),
         "swiglu": (True, False),
         "add_bias_linear": (False, True),
         "rotary_percent": (1.0, 1.0),
+        "rotary_interleaved": (False, False),
+        "rotary_seq_len_interpolation_factor": (None, None),
+        "no_rope_freq": (None, None),
+        "apply_layernorm_1p": (False, False),
+        "qk_l2_norm": (False, False),
+        "softmax_type": ("vanilla", "vanilla"),
+        "multi_latent_attention": (False, False),
+        "num_experts": (None, None),
+        "mtp_num_layers": (None, None),
     }
     for name, (wanted, megatron_default) in expected.items():
         found = args.get(name, megatron_default)
         if found != wanted:
             raise UnsupportedError(f"{path}: args.{name} = {found!r}; only {wanted!r} can carry a draft here")
+    missing = [name for name in _REQUIRED if name not in args]
+    if missing:
+        raise CheckpointError(f"{path}: Megatron-LM's arguments lack {', '.join(missing)}; it cannot be described")
+
+
+def _fingerprint(path: Path) -> str:
+    """SHA-256 over names and shapes of the tensors and the values of the final norm, which no two bases share."""
+    tensors = dist_checkpointing.load_tensors_metadata(str(path))
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if not name.startswith(NOT_MODEL):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.global_shape)}\n".encode())
+    norm = tensors.get(_FINAL_NORM)
+    if norm is not None:
+        state = {_FINAL_NORM: torch.empty(norm.global_shape, dtype=norm.dtype)}
+        torch_checkpoint.load(state, storage_reader=torch_checkpoint.FileSystemReader(path), no_dist=True)
+        digest.update(state[_FINAL_NORM].view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

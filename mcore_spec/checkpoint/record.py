@@ -11,6 +11,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mcore_spec.config import BaseArchitecture, BaseIdentity, StrictConfig
 
 FORMAT_VERSION = 1
+# Beginnings of the names that a Megatron-LM checkpoint holds besides the model's.
+NOT_MODEL = ("optimizer", "chained_", "rng_state", "rerun_state")
 # What megatron-core and torch raise where files are missing, damaged or cannot be written. torch's own is a
 # `BaseException`: named here, because nothing broader finds it.
 STORAGE_ERRORS = (

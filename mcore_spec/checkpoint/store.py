@@ -29,6 +29,7 @@ from mcore_spec.bases.megatron_build import BaseGPTModel, TransformerImpl, build
 from mcore_spec.checkpoint.megatron_lm import megatron_lm_common, megatron_lm_record
 from mcore_spec.checkpoint.record import (
     FORMAT_VERSION,
+    NOT_MODEL,
     STORAGE_ERRORS,
     CheckpointRecord,
     ConversionRecord,
@@ -43,8 +44,6 @@ from mcore_spec.parallel.layout import Layout, barrier, run_on_rank_zero
 TRACKER = "latest_checkpointed_iteration.txt"
 RECORD = "mcore_spec.json"
 TOKENIZER = "tokenizer"
-# What a Megatron-LM checkpoint holds besides the model, and what no model needs.
-_NOT_MODEL = ("optimizer", "chained_", "rng_state", "rerun_state")
 _RECORDED_PACKAGES = ("mcore-spec", "torch", "megatron-core", "transformers", "safetensors")
 
 
@@ -156,14 +155,14 @@ def save_checkpoint(
     state = {**_model_state(model), **megatron_lm_common(record.base, number)}
     try:
         dist_checkpointing.save(state, str(partial), InProcessSaveStrategy())
+        barrier()
+        return run_on_rank_zero(lambda: _publish(directory, partial, number, record, files))
     except STORAGE_ERRORS as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"save = {directory}: writing failed ({storage_reason(error)}); free space or choose another directory. "
             "What was saved before is untouched"
         ) from error
-    barrier()
-    return run_on_rank_zero(lambda: _publish(directory, partial, number, record, files))
 
 
 def check_save_directory(directory: Path, identity: BaseIdentity) -> None:
@@ -193,7 +192,9 @@ def check_save_directory(directory: Path, identity: BaseIdentity) -> None:
 def _begin(directory: Path, record: CheckpointRecord, iteration: int | None) -> tuple[int, Path]:
     check_save_directory(directory, record.identity)
     directory.mkdir(parents=True, exist_ok=True)
-    newest = find_checkpoint(directory).iteration if (directory / TRACKER).exists() else 0
+    # Also those that are not announced (an interrupted save, a tracker that was set back): none is replaced.
+    taken = [int(path.name.removeprefix("iter_")) for path in directory.glob("iter_*") if path.name[5:].isdigit()]
+    newest = max(taken, default=0)
     if iteration is None:
         iteration = newest + 1
     elif iteration <= newest:
@@ -215,22 +216,21 @@ def _publish(
     (partial / TOKENIZER).mkdir()
     for file in tokenizer_files:
         shutil.copy2(file, partial / TOKENIZER / file.name)
+    for path in (partial / RECORD, *(partial / TOKENIZER).iterdir(), partial / TOKENIZER, partial):
+        _sync(path)
     final = directory / _iteration_name(iteration)
-    if final.exists():
-        # Renamed by a save that was interrupted before it was announced (`_begin` refuses announced ones).
-        shutil.rmtree(final)
-    _sync(partial)
     partial.rename(final)
     _sync(directory)
     temporary = directory / f".{TRACKER}"
     temporary.write_text(str(iteration))
+    _sync(temporary)
     temporary.replace(directory / TRACKER)
     _sync(directory)
     return final
 
 
 def _sync(path: Path) -> None:
-    """Make a directory's entries durable before something refers to them."""
+    """Make a file's data, or a directory's entries, durable before something refers to them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -294,7 +294,7 @@ def _check_same_base(actual: BaseArchitecture, record: CheckpointRecord) -> None
 
 def _check_leftovers(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     """`missing` is in the checkpoint but not in the model, `unexpected` the other way round."""
-    leftover = sorted(name for name in missing if not name.startswith(_NOT_MODEL) and not name.endswith("_extra_state"))
+    leftover = sorted(name for name in missing if not name.startswith(NOT_MODEL) and not name.endswith("_extra_state"))
     absent = sorted({name for name in unexpected if "_extra_state" not in name})
     if leftover or absent:
         raise CheckpointError(

@@ -27,7 +27,8 @@ _APPLIES_TO: Mapping[str, tuple[Algorithm, ...]] = MappingProxyType(
         "draft_vocab_cache": ("eagle",),
         "export_num_medusa_heads": ("medusa",),
         "export_num_medusa_layers": ("medusa",),
-        "seed": ("eagle", "medusa"),
+        # Medusa heads start as the base's head: nothing is drawn.
+        "seed": ("eagle",),
     }
 )
 
@@ -135,6 +136,8 @@ class ExportArguments(ParallelArguments):
     load: str = Field(min_length=1, description="Megatron-core checkpoint with the draft.")
     ckpt_step: int | None = Field(None, ge=0, description="Iteration of --load. Default: the newest.")
     export_dir: str = Field(min_length=1, description="Directory to write.")
-    export_format: Literal["hf", "speculators"] = Field("hf", description="Layout of the directory.")
-    export_extra_modules: bool = Field(False, description="Write the draft alone; off: the base model too.")
+    export_format: Literal["hf", "speculators"] = Field("hf", description="Form of the draft.")
+    export_extra_modules: bool = Field(
+        False, description="Write the draft alone; off: the base model, and the draft below it in draft/."
+    )
     overwrite: bool = Field(False, description="Replace an earlier export in --export-dir.")

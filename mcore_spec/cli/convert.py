@@ -106,7 +106,7 @@ def _find_source(arguments: ConvertArguments) -> Source:
     raw = read_hf_config(directory)
     base = describe_hf(raw, where=str(directory / "config.json"))
     with WeightDirectory(directory) as weights:
-        check_tensors(weights, base)
+        check_tensors(weights, base, cast=arguments.params_dtype != "auto")
         fingerprint = weights.fingerprint()
     source = (
         str(directory.resolve()) if Path(arguments.pretrained_model_path).is_dir() else arguments.pretrained_model_path
@@ -170,7 +170,13 @@ def _merge_eagle_file(preset: dict[str, Any], arguments: ConvertArguments) -> di
     # Every field of the whole configuration begins like this; a misspelt one belongs there too.
     if not any(key.startswith("eagle_") and key not in own for key in given):
         given = {"eagle_architecture_config": given}
-    architecture = {**preset["eagle_architecture_config"], **given.get("eagle_architecture_config", {})}
+    own_architecture = given.get("eagle_architecture_config", {})
+    if not isinstance(own_architecture, dict):
+        raise ConfigError(
+            f"eagle_config = {path}: eagle_architecture_config = {own_architecture!r} must be an object; leave it out "
+            "to follow the base"
+        )
+    architecture = {**preset["eagle_architecture_config"], **own_architecture}
     EagleConfig.parse({**given, "eagle_architecture_config": architecture}, where=f"eagle_config = {path}")
     return {**given, "eagle_architecture_config": architecture}
 

@@ -5,25 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from mcore_spec.checkpoint.store import find_checkpoint, load_checkpoint
-from mcore_spec.cli.arguments import ExportArguments
+from mcore_spec.cli.arguments import ExportArguments, flag_of
 from mcore_spec.cli.convert import layout_of
 from mcore_spec.cli.terminal import say
 from mcore_spec.errors import CheckpointError
-from mcore_spec.export.base import export_base_directory
+from mcore_spec.export.base import export_base_and_draft
 from mcore_spec.export.directory import check_export_directory
 from mcore_spec.export.draft import export_draft
 from mcore_spec.parallel.layout import parallel_runtime, run_on_rank_zero
 
 
 def run(arguments: ExportArguments) -> None:
-    """Load in the given layout and write the draft, or the base."""
+    """Load in the given layout and write the draft, or the base with the draft in it."""
     layout = layout_of(arguments)
-    directory = Path(arguments.export_dir)
+    # Resolved: the temporary sibling needs the directory's own name, which "." hides.
+    directory = Path(arguments.export_dir).resolve()
     with parallel_runtime(layout):
         checkpoint = run_on_rank_zero(lambda: find_checkpoint(Path(arguments.load), step=arguments.ckpt_step))
-        if arguments.export_extra_modules and checkpoint.record.conversion is None:
+        asked = {"export_extra_modules", "export_format"} & arguments.model_fields_set
+        if asked and checkpoint.record.conversion is None:
             raise CheckpointError(
-                f"load = {arguments.load} has no draft; convert it first, or leave --export-extra-modules out"
+                f"load = {arguments.load} has no draft; convert it first, or leave "
+                f"{' and '.join(flag_of(field) for field in sorted(asked))} out"
             )
         run_on_rank_zero(lambda: check_export_directory(directory, overwrite=arguments.overwrite))
         model = load_checkpoint(checkpoint, layout, transformer_impl=arguments.transformer_impl)
@@ -36,11 +39,12 @@ def run(arguments: ExportArguments) -> None:
                 overwrite=arguments.overwrite,
             )
         else:
-            export_base_directory(
+            export_base_and_draft(
                 model,
                 checkpoint.record,
                 directory,
                 tokenizer_path=checkpoint.tokenizer_path,
+                export_format=arguments.export_format,
                 overwrite=arguments.overwrite,
             )
         say(f"exported {directory}")

@@ -1,7 +1,7 @@
 """What a user asks for: the configuration of a draft, and the presets.
 
 Field names are ModelOpt's, so that a configuration written for ModelOpt works here. A field that is
-``None`` follows the base model; `resolve` in the draft's room fills it in. Unknown keys raise. Nothing
+``None`` follows the base model; `drafts.resolve` fills it in. Unknown keys raise. Nothing
 here imports torch: the command line's ``--help`` is printed from these classes.
 """
 
@@ -50,7 +50,9 @@ class EagleArchitectureConfig(StrictConfig):
     rms_norm_eps: float | None = Field(None, gt=0, description="Epsilon of every RMSNorm in the draft.")
     rope_theta: float | None = Field(None, gt=0, description="Base of the rotary frequencies.")
     rope_scaling: dict[str, Any] | None = Field(
-        None, description="RoPE scaling in transformers' form, e.g. {'rope_type': 'llama3', ...}."
+        None,
+        description="RoPE scaling in transformers' form, e.g. {'rope_type': 'llama3', ...}, rope_theta in it or not. "
+        "Its name in transformers 5, rope_parameters, is read too.",
     )
     draft_vocab_size: int | None = Field(
         None, ge=1, description="Entries of the draft vocabulary (default: the base's, no mapping)."
@@ -88,10 +90,20 @@ class EagleArchitectureConfig(StrictConfig):
     position_embedding_type: Literal["rope"] = Field("rope", description="Must be 'rope'.")
     torch_dtype: str | None = Field(None, description="Must be the base's dtype or absent.")
     parallel_draft_step: Literal[1] = Field(1, description="Must be 1: parallel drafting is not built yet.")
-    parallel_draft_heads_num_layers: int = Field(1, ge=1, description="Unused while parallel_draft_step is 1.")
+    parallel_draft_heads_num_layers: Literal[1] = Field(1, description="Must be 1, as parallel_draft_step.")
     hidden_size: int | None = Field(None, description="Owned by the base; if given, must equal it.")
     vocab_size: int | None = Field(None, description="Owned by the base; if given, must equal it.")
     max_position_embeddings: int | None = Field(None, description="Owned by the base; if given, must equal it.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rope_parameters(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "rope_parameters" not in values:
+            return values
+        if values.get("rope_scaling") is not None:
+            raise ValueError("rope_parameters and rope_scaling say the same in two spellings: leave one out")
+        rest = {name: value for name, value in values.items() if name != "rope_parameters"}
+        return {**rest, "rope_scaling": values["rope_parameters"]}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

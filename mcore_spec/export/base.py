@@ -1,4 +1,4 @@
-"""Exporting the base as a Hugging Face directory."""
+"""Exporting the base as a Hugging Face directory, with its draft in it."""
 
 from __future__ import annotations
 
@@ -12,34 +12,50 @@ from megatron.core.models.gpt import GPTModel
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.export.directory import atomic_directory
+from mcore_spec.export.draft import plan_draft, write_draft
+from mcore_spec.export.plan import ExportFormat
 from mcore_spec.parallel.collectives import group_rank
 from mcore_spec.parallel.layout import run_on_every_rank, run_on_rank_zero
 from mcore_spec.weights.hf_config import to_hf_config
 from mcore_spec.weights.hf_export import export_base
 
+# Where the draft lies in a directory that holds the base too.
+DRAFT = "draft"
 
-def export_base_directory(
+
+def export_base_and_draft(
     model: GPTModel,
     record: CheckpointRecord,
     directory: Path,
     *,
     tokenizer_path: Path,
+    export_format: ExportFormat = "hf",
     overwrite: bool = False,
 ) -> None:
-    """Write weights, configuration and tokenizer of the base; all ranks take part.
+    """Write weights, configuration and tokenizer of the base, and its draft, if any, below; all ranks take part.
 
     Args:
         model: this rank's part.
-        record: the base.
-        directory: where to write.
+        record: base and conversion.
+        directory: where to write; the draft comes into ``draft/`` in it.
         tokenizer_path: directory of the tokenizer's files, copied as they are.
+        export_format: of the draft.
         overwrite: replace an earlier export.
+
+    Raises:
+        UnsupportedError: a draft that would not serve, or a base that Hugging Face's classes cannot say.
+        OSError: writing failed; on every rank.
     """
     config = base_config(record)
+    has_draft = record.conversion is not None
+    plan = plan_draft(model, record, export_format) if has_draft else None
+    is_writing = group_rank(model.pg_collection.dp_cp) == 0
     with atomic_directory(directory, record=record, overwrite=overwrite) as partial:
-        is_writing = group_rank(model.pg_collection.dp_cp) == 0
         run_on_every_rank(lambda: export_base(MegatronBase(model), partial) if is_writing else None)
         run_on_rank_zero(lambda: _write_files(partial, config, tokenizer_path))
+        if has_draft:
+            run_on_rank_zero(lambda: (partial / DRAFT).mkdir())
+            write_draft(model, record, plan, partial / DRAFT)
 
 
 def base_config(record: CheckpointRecord) -> dict[str, Any]:

@@ -20,7 +20,8 @@ Made with mcore_spec. {num_parameters:,} parameters, {dtype}.
 
 def model_card(plan: ExportPlan, record: CheckpointRecord, *, algorithm: str, num_parameters: int) -> str:
     """Markdown: what the draft is, how to serve it, what to know."""
-    base = record.identity.source
+    # A base from a Megatron-LM checkpoint has no directory yet that an engine could load.
+    base = record.identity.source if record.identity.hf_config else "BASE_AS_HUGGING_FACE_DIRECTORY"
     commands = []
     for engine, command in plan.serve.items():
         text = command.replace("{base}", base).replace("{draft}", "DIRECTORY_OF_THIS_FILE")

@@ -68,15 +68,41 @@ def export_draft(
         ConfigError: a model without a draft, or a directory that is in the way.
         UnsupportedError: a draft that would not serve.
     """
-    base = MegatronBase(model)
+    plan = plan_draft(model, record, export_format)
+    with atomic_directory(directory, record=record, overwrite=overwrite) as partial:
+        write_draft(model, record, plan, partial)
+
+
+def plan_draft(model: GPTModel, record: CheckpointRecord, export_format: ExportFormat) -> ExportPlan | None:
+    """What to write, before anything is created: a draft that does not serve leaves no trace.
+
+    Returns:
+        The plan on the last stage, ``None`` on the others.
+
+    Raises:
+        ConfigError: a model without a draft.
+        UnsupportedError: a draft that would not serve; on every rank.
+    """
     if conversion_of(model) is None:
         raise ConfigError("the checkpoint has no draft; convert it first, or leave --export-extra-modules out")
+    draft = MegatronBase(model).draft()
+    return run_on_every_rank(lambda: None if draft is None else plan_export(draft, record, export_format))
+
+
+def write_draft(model: GPTModel, record: CheckpointRecord, plan: ExportPlan | None, directory: Path) -> None:
+    """Write the planned files; all ranks take part.
+
+    Raises:
+        OSError: writing failed; on every rank.
+    """
+    base = MegatronBase(model)
     draft = base.draft()
-    # Before anything is created: a draft that does not serve leaves no trace.
-    plan = run_on_every_rank(lambda: None if draft is None else plan_export(draft, record, export_format))
-    with atomic_directory(directory, record=record, overwrite=overwrite) as partial:
-        is_writing = group_rank(model.pg_collection.dp_cp) == 0
-        run_on_every_rank(lambda: _write(partial, plan, draft, base, record) if draft and plan and is_writing else None)
+
+    def write() -> None:
+        if draft is not None and plan is not None and group_rank(model.pg_collection.dp_cp) == 0:
+            _write(directory, plan, draft, base, record)
+
+    run_on_every_rank(write)
 
 
 def _write(directory: Path, plan: ExportPlan, draft: Draft, base: MegatronBase, record: CheckpointRecord) -> None:

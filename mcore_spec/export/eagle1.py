@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.drafts.eagle1 import Eagle1Draft
-from mcore_spec.export.eagle3 import check_heads, llama_config, serving_commands
+from mcore_spec.export.llama import llama_config, serving_commands
 from mcore_spec.export.plan import ExportPlan
 from mcore_spec.weights.draft_names import EAGLE1
 
@@ -12,7 +12,6 @@ from mcore_spec.weights.draft_names import EAGLE1
 def plan_eagle1(draft: Eagle1Draft, record: CheckpointRecord) -> ExportPlan:
     """What to write."""
     architecture = draft.architecture
-    check_heads(architecture, record.base)
     config = {
         "architectures": ["LlamaForCausalLM"],
         **llama_config(architecture, record, num_layers=architecture.num_hidden_layers),

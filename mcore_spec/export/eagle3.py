@@ -7,22 +7,15 @@ Conventions differ in one place that no engine checks: which number means which 
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from mcore_spec.checkpoint.record import CheckpointRecord
-from mcore_spec.config import BaseArchitecture, EagleArchitectureConfig, RopeConfig
+from mcore_spec.config import BaseArchitecture, EagleArchitectureConfig
 from mcore_spec.drafts.eagle3 import Eagle3Draft
-from mcore_spec.drafts.resolve import resolve_rope
 from mcore_spec.errors import UnsupportedError
-from mcore_spec.export.plan import ExportFormat, ExportPlan, target_to_draft, token_ids
+from mcore_spec.export.llama import NUM_DRAFT_TOKENS, llama_config, serving_commands
+from mcore_spec.export.plan import ExportFormat, ExportPlan, target_to_draft
 from mcore_spec.weights.draft_names import EAGLE3, EAGLE3_SEVERAL_LAYERS
 
-# Tokens that the written serving commands propose.
-NUM_DRAFT_TOKENS = 3
 _SPECULATORS_VERSION = "0.9.0"
-# RoPE scalings that an engine's Llama model reads from a draft's configuration.
-_LLAMA_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def plan_eagle3(draft: Eagle3Draft, record: CheckpointRecord, export_format: ExportFormat) -> ExportPlan:
@@ -44,7 +37,7 @@ def check_servable(draft: Eagle3Draft, base: BaseArchitecture) -> None:
     """Refuse what an engine would load and get wrong.
 
     Raises:
-        UnsupportedError: no valid d2t, unsorted aux layers, or a rope that the format cannot say.
+        UnsupportedError: no valid d2t, or unsorted aux layers.
     """
     if list(draft.aux_layer_ids) != sorted(set(draft.aux_layer_ids)):
         raise UnsupportedError(
@@ -59,70 +52,6 @@ def check_servable(draft: Eagle3Draft, base: BaseArchitecture) -> None:
                 f"the draft vocabulary of {targets.shape[0]} entries has no valid d2t: an engine would propose the "
                 "wrong ids; convert again with --draft-vocab-cache"
             )
-    check_heads(draft.architecture, base)
-    check_rope(resolve_rope(draft.architecture, base))
-
-
-def check_heads(architecture: EagleArchitectureConfig, base: BaseArchitecture) -> None:
-    """Refuse heads that transformers' Llama configuration, which engines read with, does not take.
-
-    Raises:
-        UnsupportedError: a number of heads that does not divide the hidden size, whatever the head_dim.
-    """
-    heads = architecture.num_attention_heads
-    assert heads is not None
-    if base.hidden_size % heads:
-        raise UnsupportedError(
-            f"num_attention_heads = {heads} does not divide hidden_size = {base.hidden_size}: engines read the draft "
-            "as a Llama configuration, which must divide; convert again with a number of heads that does"
-        )
-
-
-def check_rope(rope: RopeConfig) -> None:
-    """Refuse a rotary embedding that a Llama-type configuration cannot carry.
-
-    Raises:
-        UnsupportedError: a type of scaling that is not in the format.
-    """
-    if rope.rope_type not in _LLAMA_ROPE_TYPES:
-        raise UnsupportedError(
-            f"rope_scaling of type {rope.rope_type!r} cannot be said in a Llama configuration; "
-            f"it can be {', '.join(_LLAMA_ROPE_TYPES)}"
-        )
-
-
-def llama_config(architecture: EagleArchitectureConfig, record: CheckpointRecord, *, num_layers: int) -> dict[str, Any]:
-    """The part of ``config.json`` that describes a draft's decoder layers, for drafts that are Llama layers."""
-    base = record.base
-    rope = resolve_rope(architecture, base)
-    check_rope(rope)
-    scaling = None if rope.rope_type == "default" else {"rope_type": rope.rope_type, **rope.scaling}
-    return {
-        "model_type": "llama",
-        "hidden_size": base.hidden_size,
-        "intermediate_size": architecture.intermediate_size,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_key_value_heads": architecture.num_key_value_heads,
-        "head_dim": architecture.head_dim,
-        "hidden_act": architecture.hidden_act,
-        "rms_norm_eps": architecture.rms_norm_eps,
-        "rope_theta": rope.theta,
-        "rope_scaling": scaling,
-        "rope_parameters": rope.to_hf(),
-        # It sizes the engines' table of angles: anything shorter than the base's fails on long prompts.
-        "max_position_embeddings": base.max_position_embeddings,
-        "vocab_size": base.vocab_size,
-        "attention_bias": architecture.attention_bias,
-        "attention_dropout": 0.0,
-        "mlp_bias": architecture.mlp_bias,
-        "initializer_range": architecture.initializer_range,
-        "tie_word_embeddings": False,
-        "torch_dtype": base.dtype,
-        "dtype": base.dtype,
-        "use_cache": True,
-        **token_ids(record),
-    }
 
 
 def _flags(architecture: EagleArchitectureConfig) -> dict[str, bool]:
@@ -155,18 +84,24 @@ def _plan_hf(draft: Eagle3Draft, record: CheckpointRecord) -> ExportPlan:
         },
     }
     remarks = []
+    serve = serving_commands("eagle3")
     if draft.aux_layer_ids[0] != 1:
+        del serve["SGLang"]
         remarks.append(
             f"The aux layers {list(draft.aux_layer_ids)} do not start at 1. Newer SGLang adds 1 to the list only if it "
             "does, and would read the wrong layers: serve this draft with vLLM or TensorRT-LLM."
         )
-    if num_layers > 1:
-        remarks.append(f"The draft has {num_layers} layers; SGLang's EAGLE-3 does not read `layers.{{i}}` names.")
+    if num_layers > 1 or any(_flags(architecture).values()) or architecture.attention_bias or architecture.mlp_bias:
+        serve.pop("SGLang", None)
+        remarks.append(
+            "Several layers, norm flags and biases are known to be read by vLLM only; SGLang drops tensors that it "
+            "does not know without a word."
+        )
     return ExportPlan(
         config=config,
         table=EAGLE3 if num_layers == 1 else EAGLE3_SEVERAL_LAYERS,
         base_head="lm_head.weight" if draft.lm_head is None else None,
-        serve=serving_commands("eagle3"),
+        serve=serve,
         extra_files={"extra_llm_api.yaml": _TENSORRT_LLM_YAML},
         remarks=tuple(remarks),
     )
@@ -225,18 +160,3 @@ speculative_config:
   max_draft_len: {NUM_DRAFT_TOKENS}
   speculative_model_dir: .
 """
-
-
-def serving_commands(vllm_method: str) -> dict[str, str]:
-    """Engine -> command, for a draft directory beside its base."""
-    speculative = json.dumps({"method": vllm_method, "model": "{draft}", "num_speculative_tokens": NUM_DRAFT_TOKENS})
-    commands = {"vLLM": f"vllm serve {{base}} --speculative-config '{speculative}'"}
-    if vllm_method == "eagle3":
-        commands["SGLang"] = (
-            "python -m sglang.launch_server --model-path {base} --speculative-algorithm EAGLE3 "
-            f"--speculative-draft-model-path {{draft}} --speculative-num-steps {NUM_DRAFT_TOKENS} "
-            f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {NUM_DRAFT_TOKENS + 1}"
-        )
-        # The file names the draft relatively, so that the directory can move.
-        commands["TensorRT-LLM"] = "cd {draft} && trtllm-serve {base} --extra_llm_api_options extra_llm_api.yaml"
-    return commands

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.drafts.mtp import MTPDraft
-from mcore_spec.drafts.resolve import resolve_rope
-from mcore_spec.export.eagle3 import llama_config
+from mcore_spec.export.llama import llama_config
 from mcore_spec.export.plan import ExportPlan
 from mcore_spec.weights.draft_names import EAGLE_MTP
 
@@ -22,7 +21,6 @@ def plan_mtp(draft: MTPDraft, record: CheckpointRecord) -> ExportPlan:
         "qkv_bias": base.qkv_bias or architecture.attention_bias,
         "qk_norm": base.qk_norm,
         "num_nextn_predict_layers": 1,
-        "rope_parameters": resolve_rope(architecture, base).to_hf(),
     }
     remark = (
         "No engine loads this directory by itself: engines read multi-token-prediction layers from the base's "

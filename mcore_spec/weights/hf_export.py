@@ -43,12 +43,6 @@ def export_base(base: MegatronBase, directory: Path) -> None:
     specs = [[spec for index in indices for spec in own[index]] for indices in files]
     weight_map = {spec.name: name for name, held in zip(names, specs, strict=True) for spec in held}
     maps, totals = _of_stages(base, weight_map), _of_stages(base, sum(sizes))
-    if total > 1 and is_rank_zero():
-        index = {
-            "metadata": {"total_size": sum(totals)},
-            "weight_map": {name: file for stage in maps for name, file in stage.items()},
-        }
-        (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
     # What one file lacks in space the next lacks too; every file is gone through for the other ranks' sake.
     failure: OSError | None = None
     for name, held, indices in zip(names, specs, files, strict=True):
@@ -59,13 +53,19 @@ def export_base(base: MegatronBase, directory: Path) -> None:
             failure = error
     if failure is not None:
         raise failure
+    if total > 1 and is_rank_zero():
+        index = {
+            "metadata": {"total_size": sum(totals)},
+            "weight_map": {name: file for stage in maps for name, file in stage.items()},
+        }
+        (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _of_stages(base: MegatronBase, value: Value) -> list[Value]:
     """Every pipeline stage's value, in order."""
-    values = [value] * base.num_stages
-    dist.all_gather_object(values, value, group=base.pp_group)
-    return values
+    of_stages = [value] * base.num_stages
+    dist.all_gather_object(of_stages, value, group=base.pp_group)
+    return of_stages
 
 
 def _file_name(number: int, total: int) -> str:

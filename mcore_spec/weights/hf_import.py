@@ -8,7 +8,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from mcore_spec.bases.megatron_build import BaseGPTModel
+from mcore_spec.bases.megatron_build import DTYPES, BaseGPTModel
 from mcore_spec.config import BaseArchitecture
 from mcore_spec.errors import CheckpointError, ConfigError
 from mcore_spec.parallel.tensor_parallel import TensorParallel
@@ -34,30 +34,27 @@ def import_hf(model: BaseGPTModel, source: WeightDirectory, *, cast: bool = Fals
     """
     base = model.architecture
     tp = TensorParallel(group=model.pg_collection.tp)
-    check_tensors(source, base)
+    check_tensors(source, base, cast=cast)
     filled = set()
     with torch.no_grad():
         for row, name, parameter in local_rows(model, base):
             part = row.cut.read(source, row.stored, base, tp)
             assert part.shape == parameter.shape, f"{name}: {tuple(part.shape)} for {tuple(parameter.shape)}"
-            if part.dtype != parameter.dtype and not cast:
-                raise ConfigError(
-                    f"{source.directory}: {row.stored[0]} is stored as {part.dtype}, config.json says "
-                    f"{parameter.dtype}; correct config.json, or choose params_dtype to convert"
-                )
             parameter.copy_(part)
             filled.add(name)
     missing = {name for name, _ in model.named_parameters()} - filled
     assert not missing, f"no row of the table fills {sorted(missing)}"
 
 
-def check_tensors(source: WeightDirectory, base: BaseArchitecture) -> None:
-    """Compare the files' names and shapes with the table's; reads headers only.
+def check_tensors(source: WeightDirectory, base: BaseArchitecture, *, cast: bool = False) -> None:
+    """Compare the files' names, shapes and dtypes with the table's; reads headers only.
 
-    A rank that reads its slice of too large a tensor would not notice the rest.
+    A rank that reads its slice of too large a tensor would not notice the rest, and one that refused alone would
+    leave the others waiting.
 
     Raises:
         CheckpointError: lists what is missing, what is left over, and what has another shape.
+        ConfigError: another dtype, without `cast`.
     """
     expected = {
         name: shape for row in base_rows(base) for name, shape in zip(row.stored, stored_shapes(row, base), strict=True)
@@ -77,6 +74,13 @@ def check_tensors(source: WeightDirectory, base: BaseArchitecture) -> None:
     if wrong:
         raise CheckpointError(
             f"{source.directory}: config.json and weights do not belong together, by their shapes: {_some(wrong)}"
+        )
+    dtype = DTYPES[base.dtype]
+    other = [name for name in expected if source.tensors[name].dtype != dtype]
+    if other and not cast:
+        raise ConfigError(
+            f"{source.directory}: {other[0]} is stored as {source.tensors[other[0]].dtype}, config.json says {dtype}; "
+            "correct config.json, or choose params_dtype to convert"
         )
 
 

@@ -81,3 +81,12 @@ def subprocess_environment() -> dict[str, str]:
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def check_refused(done: Done, *parts: object) -> None:
+    """One line on stderr with all parts in it, and code 2."""
+    assert done.code == 2, done
+    assert "Traceback" not in done.err
+    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and done.err.endswith(lines[0] + "\n"), done.err
+    assert [str(part) for part in parts if str(part) not in lines[0]] == [], lines[0]

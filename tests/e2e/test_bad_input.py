@@ -9,9 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -24,20 +22,11 @@ import pytest
 import torch
 
 from mcore_spec.cli.main import run_command
-from tests.e2e.conftest import VOCAB_SIZE, Done, Run, make_base, subprocess_environment, tree
+from tests.e2e.conftest import VOCAB_SIZE, Done, Run, check_refused, make_base, subprocess_environment, tree
 from tests.pool import RankPool
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def check_refused(done: Done, *parts: object) -> None:
-    """One line on stderr with all parts in it, and code 2."""
-    assert done.code == 2, done
-    assert "Traceback" not in done.err
-    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and done.err.endswith(lines[0] + "\n"), done.err
-    assert [str(part) for part in parts if str(part) not in lines[0]] == [], lines[0]
 
 
 @pytest.fixture
@@ -429,82 +418,40 @@ def test_a_file_in_the_way(run: Run, base_dir: Path, checkpoints, tmp_path: Path
     assert list(tmp_path.iterdir()) == [file]
 
 
-@contextmanager
-def small_disk(directory: Path, *, num_bytes: int) -> Iterator[Path]:
-    """A place that takes no more than `num_bytes`: a tmpfs where mounting is permitted.
-
-    Where it is not (no root, a container without the right), a limit on the size of files, which the system
-    reports in the same place with another number: EFBIG instead of ENOSPC.
-    """
-    directory.mkdir()
-    options = f"size={num_bytes},mode=0755"
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)], capture_output=True)
-    if mounted.returncode == 0:
-        try:
-            yield directory
-        finally:
-            subprocess.run(["umount", "--lazy", str(directory)], check=True)
-        return
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes // 2, limits[1]))
-    try:
-        yield directory
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+@pytest.mark.parametrize("architecture", [None, ["a"], 3])
+def test_an_architecture_that_is_no_object(architecture: object, refuse: Callable[..., None], tmp_path: Path) -> None:
+    file = tmp_path / "eagle.json"
+    file.write_text(json.dumps({"eagle_architecture_config": architecture}))
+    refuse("--eagle-config", file, says=(f"eagle_config = {file}", "must be an object", "leave it out"))
 
 
-@pytest.fixture(scope="module")
-def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base of some 4 MB and its checkpoint with a draft."""
-    root = tmp_path_factory.mktemp("big")
-    base = make_base(root / "base", vocab_size=8000, hidden_size=64)
-    words = ["--pretrained-model-path", str(base), "--export-algorithm", "medusa", "--save", str(root / "checkpoint")]
-    assert run_command("convert", words) == 0
-    return base, root / "checkpoint"
+def test_a_form_of_a_draft_that_is_not_there(run: Run, base_dir: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    words = ("--pretrained-model-path", base_dir, "--export-algorithm", "none", "--save", plain)
+    assert run("convert", *words).code == 0
+    done = run("export", "--load", plain, "--export-dir", tmp_path / "out", "--export-format", "speculators")
+    check_refused(done, f"load = {plain} has no draft", "--export-format")
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("num_bytes", [64 << 10, 1 << 20, 5 << 20])
-def test_a_full_disk_while_saving(num_bytes: int, big, run: Run, tmp_path: Path) -> None:
-    base, _ = big
-    with small_disk(tmp_path / "disk", num_bytes=num_bytes) as disk:
-        words = ("--pretrained-model-path", base, "--export-algorithm", "medusa", "--save", disk / "checkpoint")
-        check_refused(run("convert", *words), "save", disk / "checkpoint", "free space or choose another")
-        assert [path for path in tree(disk) if (disk / path).is_file()] == []
+def test_the_current_directory_is_no_earlier_export(
+    run: Run, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--pretrained-model-path", base_dir, "--export-algorithm", "medusa", "--save", tmp_path / "checkpoint")
+    assert run("convert", *words).code == 0
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "notes.txt").write_text("mine")
+    monkeypatch.chdir(here)
+    done = run("export", "--load", tmp_path / "checkpoint", "--export-dir", ".", "--overwrite")
+    check_refused(done, f"export_dir = {here}", "is not an earlier export")
+    assert (here / "notes.txt").read_text() == "mine"
 
 
-def test_a_disk_that_is_full_keeps_what_was_saved(run: Run, base_dir: Path, tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", num_bytes=1 << 20) as disk:
-        words = ("--pretrained-model-path", base_dir, "--export-algorithm", "medusa", "--save", disk / "checkpoint")
-        outcomes = [run("convert", *words)]
-        while outcomes[-1].code == 0:
-            before = tree(disk)
-            outcomes.append(run("convert", *words))
-        assert len(outcomes) > 1, "the disk was too small for one checkpoint"
-        check_refused(outcomes[-1], "save", disk / "checkpoint", "free space or choose another")
-        assert tree(disk) == before
-        export = ("export", "--load", disk / "checkpoint", "--export-dir", tmp_path / "export")
-        assert run(*export, "--export-extra-modules").code == 0
-
-
-@pytest.mark.parametrize("what", [(), ("--export-extra-modules",)])
-@pytest.mark.parametrize("num_bytes", [16 << 10, 1 << 20, 2 << 20])
-def test_a_full_disk_while_exporting(num_bytes: int, what: tuple[str, ...], big, run: Run, tmp_path: Path) -> None:
-    _, checkpoint = big
-    with small_disk(tmp_path / "disk", num_bytes=num_bytes) as disk:
-        done = run("export", "--load", checkpoint, "--export-dir", disk / "export", *what)
-        check_refused(done, disk, "free space or choose another --export-dir")
-        assert tree(disk) == {}
-
-
-@pytest.mark.parametrize("layout", ["--tensor-model-parallel-size", "--pipeline-model-parallel-size"])
-@pytest.mark.parametrize("what", [[], ["--export-extra-modules"]])
-def test_a_full_disk_stops_every_rank(layout: str, what: list[str], big, rank_pool: RankPool, tmp_path: Path) -> None:
-    """Only one rank writes and fails; the others are told, and none waits for it."""
-    _, checkpoint = big
-    with small_disk(tmp_path / "disk", num_bytes=16 << 10) as disk:
-        words = ["--load", str(checkpoint), "--export-dir", str(disk / "export"), layout, "2", *what]
-        codes = rank_pool.run("tests.e2e.rank_cases:exit_code", world_size=2, command="export", words=words)
-        assert codes == [2, 2]
-        assert tree(disk) == {}
+@pytest.mark.parametrize("script", ["tools/quickstart.sh", "tools/test.sh"])
+def test_the_scripts_refuse_what_they_do_not_know(script: str) -> None:
+    done = subprocess.run(
+        ["bash", script, "--wrok-dir", "x"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert f"usage: {script}" in done.stderr

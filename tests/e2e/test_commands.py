@@ -183,9 +183,12 @@ def test_a_plain_base_checkpoint_and_back(base_dir: Path, run: Run, tmp_path: Pa
         export = ("export", "--load", tmp_path / name, "--export-dir", out / name, "--export-extra-modules")
         assert run(*export).code == 0
     assert tree(out / "direct") == tree(out / "loaded")
-    # The base under a draft is still the base.
+    # The base under a draft is still the base, and the draft lies in it.
     assert run("export", "--load", tmp_path / "direct", "--export-dir", out / "base_again").code == 0
     assert weights(out / "base_again").keys() == theirs.keys()
+    exports_own = "mcore_spec_export.json"
+    drafts = [tree(out / "base_again" / "draft"), tree(out / "direct")]
+    assert drafts[0] == {name: data for name, data in drafts[1].items() if name != exports_own}
     assert (out / "base_again" / "model.safetensors").read_bytes() == (out / "base" / "model.safetensors").read_bytes()
 
 

@@ -142,6 +142,10 @@ def test_megatron_lms_checkpoint_loads_here(
         ({"position_embedding_type": "learned_absolute"}, "UnsupportedError", "args.position_embedding_type"),
         ({"swiglu": False}, "UnsupportedError", "args.swiglu = False"),
         ({"rotary_percent": 0.5}, "UnsupportedError", "args.rotary_percent = 0.5"),
+        ({"rotary_interleaved": True}, "UnsupportedError", "args.rotary_interleaved = True"),
+        ({"apply_layernorm_1p": True}, "UnsupportedError", "args.apply_layernorm_1p = True"),
+        ({"rotary_seq_len_interpolation_factor": 2}, "UnsupportedError", "rotary_seq_len_interpolation_factor = 2"),
+        ({"num_experts": 8}, "UnsupportedError", "args.num_experts = 8"),
     ],
 )
 def test_megatron_lms_other_models_are_refused(
@@ -338,5 +342,6 @@ def test_a_killed_save_leaves_the_iteration_before(tmp_path: Path) -> None:
         assert result["error"] == "", result
         # Nothing is announced before it is whole, and nothing that was announced is lost.
         assert result["loaded"] >= result["announced_before_the_kill"] >= 1, result
-        assert result["next"] == result["loaded"] + 1, result
+        # The next number is free, also where an iteration was renamed but not announced.
+        assert result["next"] in (result["loaded"] + 1, result["loaded"] + 2), result
     assert any(result["partial"] for result in results), "no try was killed in the middle of a save"

@@ -160,14 +160,9 @@ def refused_export(
     return "not refused"
 
 
-def _unknown_rope(draft: Any) -> None:
-    draft.architecture = draft.architecture.model_copy(update={"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
-
-
 DAMAGES: dict[str, Any] = {
     "none": lambda draft: None,
     "d2t never filled": lambda draft: draft.d2t.fill_(-1),
     "d2t out of range": lambda draft: draft.d2t[-1:].fill_(1000),
     "unsorted layers": lambda draft: setattr(draft, "aux_layer_ids", (4, 1, 3)),
-    "unknown rope": _unknown_rope,
 }

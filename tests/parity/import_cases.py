@@ -22,7 +22,7 @@ from mcore_spec.bases.megatron_build import BaseGPTModel, build_gpt_model
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.config import BaseArchitecture, BaseIdentity
 from mcore_spec.errors import McoreSpecError
-from mcore_spec.export.base import export_base_directory
+from mcore_spec.export.base import export_base_and_draft
 from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.weights import hf_export
 from mcore_spec.weights.hf_config import describe_hf, read_hf_config
@@ -161,7 +161,7 @@ def export_bases(
                 raw = {}
             identity = BaseIdentity(source=str(directory), fingerprint="", hf_config=raw)
             record = CheckpointRecord(base=model.architecture, identity=identity, conversion=None, packages={})
-            export_base_directory(model, record, output / case, tokenizer_path=directory / "tokenizer")
+            export_base_and_draft(model, record, output / case, tokenizer_path=directory / "tokenizer")
             exported[case] = model.architecture
     return exported
 

@@ -15,6 +15,7 @@ from mcore_spec.config import BaseIdentity, eagle_preset
 from mcore_spec.conversion import Mode, convert
 from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.medusa import MedusaDraft
+from mcore_spec.errors import UnsupportedError
 from mcore_spec.export.draft import export_draft
 from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.weights.hf_config import describe_hf, read_hf_config
@@ -38,6 +39,7 @@ class DraftRun(NamedTuple):
     aux_layer_ids: tuple[int, ...]
     logits: list[Tensor]
     exported: list[str]
+    refusal: str
 
 
 def run_drafts(*, directory: Path, token_ids: Tensor, export_root: Path) -> dict[str, DraftRun]:
@@ -72,12 +74,18 @@ def _run(directory: Path, token_ids: Tensor, algorithm: str, export_root: Path) 
         logits = [base.logits(output.hidden) for output in draft(read[:rows], embeddings)]
     record = make_record(model, BaseIdentity(source="base", fingerprint=fingerprint, hf_config=raw))
     target = export_root / algorithm
-    export_draft(model, record, target)
+    exported, refusal = [], ""
+    try:
+        export_draft(model, record, target)
+        exported = sorted(WeightDirectory(target).tensors)
+    except UnsupportedError as error:
+        refusal = str(error)
     assert record.conversion is not None
     return DraftRun(
         weights={name: parameter.detach() for name, parameter in draft.named_parameters()},
         config=record.conversion.config,
         aux_layer_ids=aux_layer_ids,
         logits=[step.detach()[..., : base.architecture.vocab_size] for step in logits],
-        exported=sorted(WeightDirectory(target).tensors),
+        exported=exported,
+        refusal=refusal,
     )

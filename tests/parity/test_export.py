@@ -16,9 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from mcore_spec.config import RopeConfig
-from mcore_spec.errors import UnsupportedError
-from mcore_spec.export.eagle3 import check_rope
 from mcore_spec.parallel.layout import Layout
 from tests.parity.export_cases import CHAIN
 from tests.parity.hf_models import LLAMA3, SIZES, YARN, randomise
@@ -72,7 +69,6 @@ CASE_TABLE: dict[str, Case] = {
             "num_key_value_heads": 2,
             "head_dim": 4,
             "intermediate_size": 20,
-            "hidden_act": "gelu_pytorch_tanh",
             "rms_norm_eps": 0.01,
             "attention_bias": True,
             "mlp_bias": True,
@@ -83,7 +79,6 @@ CASE_TABLE: dict[str, Case] = {
         num_key_value_heads=2,
         head_dim=4,
         intermediate_size=20,
-        hidden_act="gelu_pytorch_tanh",
         rms_norm_eps=0.01,
         attention_bias=True,
         mlp_bias=True,
@@ -353,14 +348,23 @@ def test_the_card_says_how_to_serve(exported: Exported, case: Case) -> None:
         assert '"method": "medusa"' in card
         return
     assert '"method": "eagle3"' in card
-    assert f"--model-path {exported.base} --speculative-algorithm EAGLE3" in card
     assert f"trtllm-serve {exported.base} --extra_llm_api_options" in card
-    assert ("SGLang's EAGLE-3 does not read" in card) == (case.expected.get("num_hidden_layers") == 2)
+    # SGLang drops what it does not know: only what it reads comes with its command.
+    is_plain = case.expected.get("num_hidden_layers", 1) == 1
+    assert (f"--model-path {exported.base} --speculative-algorithm EAGLE3" in card) == is_plain
+    assert ("known to be read by vLLM only" in card) != is_plain
 
 
 # --- what is refused ------------------------------------------------------------------------------
 
 EAGLE3_MODE = eagle3("llama3").mode
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 64,
+}
 MEDUSA_MODE = CASE_TABLE["medusa"].mode
 REFUSALS: dict[str, tuple[Any, bool, str, str, list[str]]] = {
     # name: mode, reduced, damage, format, parts of the message
@@ -373,7 +377,20 @@ REFUSALS: dict[str, tuple[Any, bool, str, str, list[str]]] = {
         "hf",
         ["eagle_aux_hidden_state_layer_ids = [4, 1, 3]", "not sorted", "convert again"],
     ),
-    "unknown rope": (EAGLE3_MODE, False, "unknown rope", "hf", ["rope_scaling", "'dynamic'", "llama3"]),
+    "longrope": (
+        eagle3("llama3", rope_scaling={**LONGROPE, "attention_factor": 1.5}).mode,
+        False,
+        "none",
+        "hf",
+        ["rope_scaling of type 'longrope'", "1.5", "max_position_embeddings"],
+    ),
+    "activation": (
+        eagle3("llama3", hidden_act="gelu").mode,
+        False,
+        "none",
+        "hf",
+        ["hidden_act = 'gelu'", "silu only", "convert again"],
+    ),
     "heads": (
         eagle3("llama3", num_attention_heads=6, head_dim=4).mode,
         False,
@@ -408,10 +425,3 @@ def test_what_would_not_serve_is_refused_on_every_rank(
     for message in messages:
         assert [part for part in parts if part not in message] == [], message
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_rope_that_the_format_cannot_say_is_refused() -> None:
-    """A kind of scaling that a later version may know and a Llama configuration not."""
-    rope = RopeConfig.model_construct(theta=1e4, rope_type="dynamic", scaling={"factor": 2.0})
-    with pytest.raises(UnsupportedError, match="rope_scaling of type 'dynamic' cannot be said .* longrope"):
-        check_rope(rope)

@@ -49,11 +49,18 @@ def test_draft_on_imported_base(family: tuple[TinyModel, dict[str, DraftRun]], a
 
 
 def test_every_draft_exports(family: tuple[TinyModel, dict[str, DraftRun]]) -> None:
-    _, runs = family
+    """Or is refused, where engines' Llama layers do not know the base's activation or its longrope."""
+    tiny, runs = family
+    refusals = {"mistral": "silu only", "phi3": "silu only", "llama_longrope": "no field says another one"}
+    assert {"blocks.0.layers.0.weight", "lm_heads.1.weight"} <= set(runs["medusa"].exported)
+    if tiny.name in refusals:
+        for name in ("eagle3", "eagle1", "eagle-mtp"):
+            assert refusals[tiny.name] in runs[name].refusal
+            assert runs[name].exported == []
+        return
     assert {"fc.weight", "midlayer.hidden_norm.weight", "norm.weight", "lm_head.weight"} <= set(runs["eagle3"].exported)
     assert "layers.0.self_attn.q_proj.weight" in runs["eagle1"].exported
     assert {"eh_proj.weight", "enorm.weight", "hnorm.weight"} <= set(runs["eagle-mtp"].exported)
-    assert {"blocks.0.layers.0.weight", "lm_heads.1.weight"} <= set(runs["medusa"].exported)
 
 
 def reference_logits(tiny: TinyModel, run: DraftRun, algorithm: str) -> list[Tensor]:

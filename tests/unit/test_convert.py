@@ -195,7 +195,13 @@ REFUSED = {
     "unknown algorithm": ("eagel", ConfigError, "algorithm 'eagel' is not known; choose one of eagle, medusa"),
     "two algorithms": ([("eagle", {}), ("medusa", {})], ConfigError, "must name exactly one algorithm"),
     "no algorithm": ([], ConfigError, "must name exactly one algorithm"),
-    "not a preset": ({"algorithm": "eagle"}, ConfigError, "mode has keys ['algorithm']; a preset has"),
+    "not a preset": ({"algorithm": "eagle"}, ConfigError, "mode = {'algorithm': 'eagle'} must name exactly"),
+    "no mode": (None, ConfigError, "mode = None must name exactly one algorithm"),
+    "two spellings": (
+        [("eagle", {"eagle_architecture_config": {"rope_scaling": {"rope_theta": 1.0}, "rope_parameters": {}}})],
+        ConfigError,
+        "rope_parameters and rope_scaling say the same",
+    ),
     "unknown key": (
         [("medusa", {"medusa_heads": 2})],
         ConfigError,
@@ -357,3 +363,35 @@ def test_public_names_stay_what_they_are() -> None:
         assert not isinstance(pkgutil.resolve_name(f"mcore_spec:{name}"), ModuleType), name
     modules = {module.name for module in pkgutil.walk_packages(mcore_spec.__path__)}
     assert not modules & set(mcore_spec.__all__)
+
+
+def test_a_presets_configuration_alone_is_a_mode(build: Callable[..., BaseGPTModel]) -> None:
+    for preset, kind in ((EAGLE3_DEFAULT_CFG, Eagle3Draft), (EAGLE_MTP_DEFAULT_CFG, MTPDraft)):
+        assert isinstance(convert(build(), preset["config"]).eagle_module, kind)
+    assert isinstance(convert(build(), {"medusa_num_heads": 3}).medusa_heads, MedusaDraft)
+
+
+def test_rope_parameters_is_another_name_of_rope_scaling(build: Callable[..., BaseGPTModel]) -> None:
+    scaling = {"rope_type": "linear", "rope_theta": 777.0, "factor": 2.0}
+    both = [
+        convert(build(), [("eagle", {"eagle_architecture_config": {name: scaling}})])
+        for name in ("rope_scaling", "rope_parameters")
+    ]
+    first, second = (model.eagle_module.architecture for model in both)
+    assert first == second
+    assert (first.rope_theta, first.rope_scaling) == (777.0, {"rope_type": "linear", "factor": 2.0})
+
+
+def test_a_third_algorithm_is_a_line_in_the_registry(
+    build: Callable[..., BaseGPTModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A configuration class and a module; convert() needs to know no more."""
+
+    class OneHeadConfig(MedusaConfig):
+        medusa_num_heads: int = 1
+
+    line = ALGORITHMS["medusa"]._replace(config_class=OneHeadConfig, child_name="one_head")
+    monkeypatch.setitem(ALGORITHMS, "one-head", line)
+    model = convert(build(), "one-head")
+    assert len(model.one_head.heads) == 1
+    assert conversion_of(model).algorithm == "one-head"

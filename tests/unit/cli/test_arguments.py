@@ -88,7 +88,8 @@ def test_values_that_agree():
         ("medusa", "draft_vocab_cache", "d2t.pt", "eagle"),
         ("none", "draft_vocab_cache", "d2t.pt", "eagle"),
         ("none", "export_num_medusa_heads", 2, "medusa"),
-        ("none", "seed", 1234, "eagle or medusa"),
+        ("none", "seed", 1234, "eagle"),
+        ("medusa", "seed", 7, "eagle"),
     ],
 )
 def test_an_option_of_another_algorithm_is_refused_even_with_its_default(algorithm, option, value, owners):

@@ -103,16 +103,18 @@ def test_every_missing_option_is_named_with_its_meaning():
 
 
 def test_flags_win_over_the_file(write_config):
-    path = write_config("export-algorithm: medusa\nload: base\nsave: from-file\nexport_num_medusa_heads: 4\nseed: 7\n")
+    path = write_config(
+        "export-algorithm: medusa\nload: base\nsave: from-file\nexport_num_medusa_heads: 4\nckpt_step: 7\n"
+    )
     arguments = parse("--config", path, "--save", "from-flag", "--export-num-medusa-heads", "5")
-    assert (arguments.save, arguments.export_num_medusa_heads, arguments.seed) == ("from-flag", 5, 7)
+    assert (arguments.save, arguments.export_num_medusa_heads, arguments.ckpt_step) == ("from-flag", 5, 7)
     assert arguments.export_algorithm == "medusa"
     assert arguments.model_fields_set == {
         "export_algorithm",
         "load",
         "save",
         "export_num_medusa_heads",
-        "seed",
+        "ckpt_step",
     }
 
 
