@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -35,8 +36,9 @@ from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.vocab_map import load_draft_to_target
 from mcore_spec.errors import CheckpointError, ConfigError
 from mcore_spec.export.draft import algorithm_name
-from mcore_spec.parallel.layout import Layout, parallel_runtime, run_on_rank_zero
+from mcore_spec.parallel.layout import Layout, parallel_runtime, run_on_rank_zero, tensor_parallel
 from mcore_spec.parallel.sharding import sharded_tensors, whole_shape
+from mcore_spec.parallel.tensor_parallel import Placement
 from mcore_spec.weights.families import base_rows
 from mcore_spec.weights.hf_config import TOKENIZER_FILES, describe_hf, locate, read_hf_config
 from mcore_spec.weights.hf_export import stored_specs
@@ -182,19 +184,12 @@ def _merge_eagle_file(preset: dict[str, Any], arguments: ConvertArguments) -> di
 
 
 def _check_mode(mode: tuple[str, StrictConfig], d2t: Tensor | None, source: Source, layout: Layout) -> None:
-    """Resolve the configuration before any weight is read."""
+    """Resolve the configuration and build the draft without memory, before any weight is read."""
     name, config = mode
     resolved = ALGORITHMS[name].resolve(with_draft_vocabulary(config, d2t), source.record.base)
     check_convertible(resolved, d2t)
-    if isinstance(resolved, EagleConfig):
-        architecture = resolved.eagle_architecture_config
-        for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            value = architecture.model_dump()[field]
-            if value % layout.tensor:
-                raise ConfigError(
-                    f"eagle_architecture_config.{field} = {value} is not divisible by tensor_model_parallel_size = "
-                    f"{layout.tensor}; change one of the two"
-                )
+    place = Placement(tp=tensor_parallel(layout), device=torch.device("meta"))
+    ALGORITHMS[name].build(resolved, source.record.base, place=place)
 
 
 def _load_base(arguments: ConvertArguments, source: Source, layout: Layout) -> BaseGPTModel:

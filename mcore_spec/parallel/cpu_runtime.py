@@ -1,8 +1,8 @@
 """Megatron-core on a machine without CUDA: gloo instead of NCCL, host memory instead of device memory.
 
 megatron-core asks `torch.cuda` for the current device, for random states and for streams wherever it
-allocates or communicates. `install` answers those questions for the CPU. It is called once, by
-`initialize`, does nothing where CUDA exists, and touches only what megatron-core 0.16 was seen to
+allocates or communicates. `install` answers those questions for the CPU. It is called by
+`parallel_runtime`, works once, does nothing where CUDA exists, and touches only what megatron-core 0.16 was seen to
 call; each entry says who asks. Remove an entry once megatron-core asks `torch.accelerator` instead.
 """
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from mcore_spec.errors import ConfigError, McoreSpecError
 from mcore_spec.parallel import cpu_runtime
+from mcore_spec.parallel.tensor_parallel import TensorParallel
 
 Result = TypeVar("Result")
 
@@ -103,6 +104,14 @@ def _init_process_group(timeout: timedelta) -> None:
     else:
         # One process without a launcher needs no address to meet at.
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+
+
+def tensor_parallel(layout: Layout) -> TensorParallel:
+    """This rank's tensor-parallel group, inside of `parallel_runtime`."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    return TensorParallel(group=group, sequence_parallel=layout.sequence_parallel)
 
 
 def is_rank_zero() -> bool:
