@@ -281,7 +281,7 @@ def test_what_the_layout_does_not_divide(
         field = {"draft": "num_attention_heads = 3", "draft's groups": "num_key_value_heads = 1"}.get(
             whose, "intermediate_size = 33"
         )
-        says = (f"eagle_architecture_config.{field}", "tensor_model_parallel_size = 2", "change one of the two")
+        says = (f"{field} is not divisible by tensor_model_parallel_size = 2", "choose a size that divides")
     words = ["--pretrained-model-path", base, "--export-algorithm", "eagle", "--save", save]
     words += [f"--{size}-model-parallel-size", "2", "--eagle-config", eagle_file(tmp_path, extra)]
     for code, said in rank_pool.run(
