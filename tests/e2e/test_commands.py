@@ -27,6 +27,11 @@ BASE_PARAMETERS = 8 * (LAYER + 2 * HIDDEN) + HIDDEN + 2 * VOCAB * HIDDEN
 EAGLE3_PARAMETERS = LAYER + HIDDEN * (HEADS + 2 * KV_HEADS) * HEAD_DIM + 3 * HIDDEN * HIDDEN + 4 * HIDDEN
 
 
+def conversion(base: Path, algorithm: str, save: Path) -> tuple[object, ...]:
+    """The words of a conversion; flags of one test come behind them."""
+    return ("convert", "--pretrained-model-path", base, "--export-algorithm", algorithm, "--save", save)
+
+
 def script(*words: object) -> Done:
     """A process of its own, in the repository root."""
     command = [sys.executable, *(str(word) for word in words)]
@@ -132,15 +137,7 @@ def test_the_report_of_an_eagle3_draft(base_dir: Path, run: Run, tmp_path: Path)
 def test_the_report_counts_every_eagle(
     words, name: str, num_trained: int, base_dir: Path, run: Run, tmp_path: Path
 ) -> None:
-    convert = (
-        "convert",
-        "--pretrained-model-path",
-        base_dir,
-        "--export-algorithm",
-        "eagle",
-        "--save",
-        tmp_path / "out",
-    )
+    convert = conversion(base_dir, "eagle", tmp_path / "out")
     done = run(*convert, *words)
     assert done.code == 0, done.err
     assert number(rf"draft: {name}; ([\d,]+) parameters, trained", done.out) == num_trained
@@ -148,15 +145,7 @@ def test_the_report_counts_every_eagle(
 
 
 def test_the_report_of_medusa(base_dir: Path, run: Run, tmp_path: Path) -> None:
-    convert = (
-        "convert",
-        "--pretrained-model-path",
-        base_dir,
-        "--export-algorithm",
-        "medusa",
-        "--save",
-        tmp_path / "out",
-    )
+    convert = conversion(base_dir, "medusa", tmp_path / "out")
     done = run(*convert, "--export-num-medusa-heads", 3, "--export-num-medusa-layers", 2)
     trained = 3 * (2 * (HIDDEN * HIDDEN + HIDDEN) + VOCAB * HIDDEN)
     assert number(r"draft: Medusa; ([\d,]+) parameters, trained", done.out) == trained
@@ -199,15 +188,7 @@ def test_both_forms_of_an_eagle_configuration(form: str, base_dir: Path, run: Ru
     if form == "whole":
         values = {"eagle_ttt_steps": 5, "eagle_architecture_config": architecture}
     (tmp_path / "eagle.json").write_text(json.dumps(values))
-    convert = (
-        "convert",
-        "--pretrained-model-path",
-        base_dir,
-        "--export-algorithm",
-        "eagle",
-        "--save",
-        tmp_path / "out",
-    )
+    convert = conversion(base_dir, "eagle", tmp_path / "out")
     done = run(*convert, "--eagle-config", tmp_path / "eagle.json")
     assert done.code == 0, done.err
     assert "aux layers 1, 5" in done.out
@@ -238,15 +219,7 @@ def test_a_later_save_is_the_next_iteration(base_dir: Path, run: Run, tmp_path: 
 
 
 def test_a_dtype_that_is_asked_for(base_dir: Path, run: Run, tmp_path: Path) -> None:
-    convert = (
-        "convert",
-        "--pretrained-model-path",
-        base_dir,
-        "--export-algorithm",
-        "eagle",
-        "--save",
-        tmp_path / "out",
-    )
+    convert = conversion(base_dir, "eagle", tmp_path / "out")
     assert run(*convert, "--params-dtype", "bf16").code == 0
     assert run("export", "--load", tmp_path / "out", "--export-dir", tmp_path / "base").code == 0
     ours, theirs = weights(tmp_path / "base"), weights(base_dir)
