@@ -9,7 +9,8 @@ usage: tools/quickstart.sh [--work-dir DIR]
 
   --work-dir DIR   where base, checkpoint and export go (default: quickstart_out in the repository)
 
-May be run again: what is complete stays, the checkpoint and the export are written anew.
+May be run again: what is complete stays, the checkpoint gets a further iteration,
+and the export is written anew.
 TEXT
 }
 

@@ -60,12 +60,13 @@ class Checkpoint(NamedTuple):
         return self.path / TOKENIZER
 
 
-def find_checkpoint(directory: Path, *, step: int | None = None) -> Checkpoint:
+def find_checkpoint(directory: Path | str, *, step: int | None = None) -> Checkpoint:
     """The newest whole iteration below `directory`, or the given one.
 
     Raises:
         CheckpointError: there is none, or its record is damaged.
     """
+    directory = Path(directory)
     tracker = directory / TRACKER
     if step is not None:
         name = _iteration_name(step)
@@ -129,7 +130,7 @@ def make_record(model: GPTModel, identity: BaseIdentity) -> CheckpointRecord:
 
 def save_checkpoint(
     model: GPTModel,
-    directory: Path,
+    directory: Path | str,
     record: CheckpointRecord,
     *,
     iteration: int | None = None,
@@ -150,17 +151,17 @@ def save_checkpoint(
     Raises:
         CheckpointError: the directory holds another base, or writing failed; the newest iteration is as before.
     """
-    files = list(tokenizer_files)
-    number, partial = run_on_rank_zero(lambda: _begin(directory, record, iteration))
+    root, files = Path(directory), list(tokenizer_files)
+    number, partial = run_on_rank_zero(lambda: _begin(root, record, iteration))
     state = {**_model_state(model), **megatron_lm_common(record.base, number)}
     try:
         dist_checkpointing.save(state, str(partial), InProcessSaveStrategy())
         barrier()
-        return run_on_rank_zero(lambda: _publish(directory, partial, number, record, files))
+        return run_on_rank_zero(lambda: _publish(root, partial, number, record, files))
     except STORAGE_ERRORS as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"save = {directory}: writing failed ({storage_reason(error)}); free space or choose another directory. "
+            f"save = {root}: writing failed ({storage_reason(error)}); free space or choose another directory. "
             "What was saved before is untouched"
         ) from error
 

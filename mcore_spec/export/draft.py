@@ -50,7 +50,7 @@ def plan_export(draft: Draft, record: CheckpointRecord, export_format: ExportFor
 def export_draft(
     model: GPTModel,
     record: CheckpointRecord,
-    directory: Path,
+    directory: Path | str,
     *,
     export_format: ExportFormat = "hf",
     overwrite: bool = False,
@@ -69,7 +69,7 @@ def export_draft(
         UnsupportedError: a draft that would not serve.
     """
     plan = plan_draft(model, record, export_format)
-    with atomic_directory(directory, record=record, overwrite=overwrite) as partial:
+    with atomic_directory(Path(directory), record=record, overwrite=overwrite) as partial:
         write_draft(model, record, plan, partial)
 
 

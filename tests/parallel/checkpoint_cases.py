@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from torch import Tensor, nn
 
+import mcore_spec
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.bases.megatron_build import BaseTransformerConfig, build_gpt_model, transformer_config
 from mcore_spec.checkpoint.store import (
@@ -32,7 +33,7 @@ from mcore_spec.errors import McoreSpecError
 from mcore_spec.parallel.layout import Layout, barrier, is_rank_zero, parallel_runtime
 from mcore_spec.parallel.sharding import Shard, gather_whole
 from mcore_spec.weights.hf_config import describe_hf
-from tests.tiny import VOCAB_SIZE, draft_to_target, expected_shards, fill, import_base
+from tests.tiny import VOCAB_SIZE, base_architecture, draft_to_target, expected_shards, fill, import_base
 
 LENGTH = 6
 TOKENS = torch.randint(VOCAB_SIZE, (2, LENGTH), generator=torch.Generator().manual_seed(6))
@@ -340,3 +341,18 @@ def describe(base: Path) -> BaseArchitecture:
     from mcore_spec.weights.hf_config import read_hf_config
 
     return describe_hf(read_hf_config(base), where=str(base))
+
+
+def library_with_plain_paths(*, directory: Path) -> tuple[int, list[str]]:
+    """What a program of a user's own does, its paths plain strings: convert, save, export, find."""
+    layout = mcore_spec.Layout(tensor=2)
+    with mcore_spec.parallel_runtime(layout):
+        model = build_gpt_model(base_architecture(), layout)
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, 0.5)
+        mcore_spec.convert(model, mcore_spec.EAGLE3_DEFAULT_CFG)
+        record = mcore_spec.make_record(model, mcore_spec.BaseIdentity(source="mine", fingerprint="run 17"))
+        mcore_spec.save_checkpoint(model, str(directory / "checkpoint"), record)
+        mcore_spec.export_draft(model, record, str(directory / "draft"))
+        found = mcore_spec.find_checkpoint(str(directory / "checkpoint"))
+    return found.iteration, sorted(path.name for path in (directory / "draft").iterdir())

@@ -319,6 +319,13 @@ def test_a_save_that_cannot_be_written_changes_nothing(
     assert load(rank_pool, directory) == "loaded iteration 2"
 
 
+def test_the_library_takes_plain_paths(rank_pool: RankPool, tmp_path: Path) -> None:
+    """On two ranks: what only one of them notices would leave the other waiting."""
+    ranks = rank_pool.run(f"{CASES}:library_with_plain_paths", world_size=2, directory=tmp_path, timeout=60)
+    files = ["README.md", "config.json", "extra_llm_api.yaml", "mcore_spec_export.json", "model.safetensors"]
+    assert ranks == [(1, files), (1, files)]
+
+
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"no {TRACKER} there"):
         find_checkpoint(tmp_path / "nowhere")
