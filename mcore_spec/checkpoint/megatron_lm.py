@@ -154,7 +154,10 @@ def _check_megatron_lm(args: dict[str, Any], path: Path) -> None:
 
 
 def _fingerprint(path: Path) -> str:
-    """SHA-256 over names and shapes of the tensors and the values of the final norm, which no two bases share."""
+    """SHA-256 over names, dtypes and shapes of the tensors and the values of the final norm.
+
+    Bases of one shape are told apart by that norm alone: two whose norms were never trained look the same.
+    """
     tensors = dist_checkpointing.load_tensors_metadata(str(path))
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
