@@ -1,0 +1,189 @@
+"""Conversations out of the forms that are in use, checked turn by turn.
+
+    {"conversation_id": ..., "conversations": [{"role": "user", "content": "..."}, ...]}     ModelOpt
+    {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}]}             ShareGPT
+    {"messages": [{"role": "user", "content": "..."}, ...]}                                  OpenAI
+
+Other keys of an entry are left alone, but for ``system``: a string there that is not blank is the system message of
+ShareGPT's variants. What a chat template would render wrongly or not at all is refused here, where its line is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from mcore_spec.data.sources import open_source
+from mcore_spec.errors import ConfigError
+
+Message = dict[str, str]
+OnBadLine = Literal["error", "skip"]
+
+ROLES = ("system", "user", "assistant")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
+_MAX_REASONS = 5
+_SHOWN_CHARACTERS = 60
+
+
+class Conversation(NamedTuple):
+    """Turns of one conversation, and where they stand.
+
+    Attributes:
+        source: the file or dataset, as the user gave it.
+        line: number in it, from 1: the line of a ``.jsonl`` file, otherwise the entry.
+        where: both, as a message names them.
+        messages: ``role`` and ``content`` of each turn: perhaps system, then user and assistant by turns.
+    """
+
+    source: str
+    line: int
+    where: str
+    messages: list[Message]
+
+
+class ConversationReader:
+    """The conversations of several sources, one behind the other.
+
+    Attributes:
+        num_read: conversations that were handed out.
+        num_skipped: entries that were left out.
+        reasons: the first few of them, with their places.
+    """
+
+    def __init__(self, sources: Sequence[str | Path], *, on_bad_line: OnBadLine = "error") -> None:
+        """Find the sources; nothing is read yet.
+
+        Args:
+            sources: see `open_source`.
+            on_bad_line: raise at the first bad entry, or leave bad entries out and count them.
+
+        Raises:
+            ConfigError: a source that does not exist, or none at all.
+        """
+        if not sources:
+            raise ConfigError("data_path is empty; name at least one file or dataset")
+        self.sources = [open_source(source) for source in sources]
+        self.on_bad_line = on_bad_line
+        self._start()
+
+    def _start(self) -> None:
+        self.num_read, self.num_skipped = 0, 0
+        self.reasons: list[str] = []
+
+    def __iter__(self) -> Iterator[Conversation]:
+        """Read from the beginning; the counts start anew.
+
+        Raises:
+            ConfigError: a source without entries or that cannot be read; a bad entry, unless those are skipped.
+        """
+        self._start()
+        for source in self.sources:
+            is_empty = True
+            for record in source.records():
+                is_empty, where = False, source.where(record.line)
+                if record.problem is not None:
+                    self.skip(where, record.problem)
+                    continue
+                try:
+                    messages = parse_messages(record.value)
+                except ConfigError as error:
+                    self.skip(where, str(error))
+                    continue
+                self.num_read += 1
+                yield Conversation(source.name, record.line, where, messages)
+            if is_empty:
+                raise ConfigError(f"data_path = {source.name} is empty; leave it out, or give one with conversations")
+
+    def skip(self, where: str, problem: str) -> None:
+        """Leave an entry out and remember why.
+
+        Raises:
+            ConfigError: bad entries are not to be skipped.
+        """
+        if self.on_bad_line == "error":
+            raise ConfigError(f"{where}: {problem}; correct it, or leave such lines out with on_bad_line = skip")
+        self.num_skipped += 1
+        if len(self.reasons) < _MAX_REASONS:
+            self.reasons.append(f"{where}: {problem}")
+
+
+def parse_messages(value: object) -> list[Message]:
+    """The turns of one entry, under the keys ``role`` and ``content``.
+
+    Args:
+        value: what JSON holds.
+
+    Raises:
+        ConfigError: what is wrong with it; its place is for the caller to name.
+    """
+    if not isinstance(value, dict):
+        raise ConfigError(f"holds {_shown(value)}; it must hold an object")
+    lists = [key for key in ("conversations", "messages") if value.get(key) is not None]
+    if len(lists) != 1:
+        found = "both" if lists else f"neither, but {_keys(value)}"
+        raise ConfigError(f"must have either conversations or messages; it has {found}")
+    turns = value[lists[0]]
+    if not isinstance(turns, list):
+        raise ConfigError(f"{lists[0]} = {_shown(turns)}; it must be a list of messages")
+    messages = [_message(turn, f"{lists[0]}[{index}]") for index, turn in enumerate(turns)]
+    system = value.get("system")
+    if isinstance(system, str) and system.strip():
+        messages.insert(0, {"role": "system", "content": system})
+    _check_order(messages)
+    return messages
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise ConfigError(f"{where} = {_shown(turn)}; a message must be an object")
+    if "role" in turn and "content" in turn:
+        content_key, role = "content", turn["role"]
+        roles = {name: name for name in ROLES}
+    elif "from" in turn and "value" in turn:
+        content_key, role = "value", turn["from"]
+        role = role.lower() if isinstance(role, str) else role
+        roles = _SHAREGPT_ROLES
+    else:
+        raise ConfigError(f"{where} has {_keys(turn)}; a message must have role and content, or from and value")
+    if not isinstance(role, str) or role not in roles:
+        raise ConfigError(f"{where} has the unknown role {_shown(role)}; known roles: {', '.join(roles)}")
+    content = turn[content_key]
+    if not isinstance(content, str):
+        raise ConfigError(f"{where}.{content_key} = {_shown(content)}; it must be a string")
+    if not content.strip():
+        raise ConfigError(f"{where}.{content_key} is blank; it must hold text")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair; no tokenizer reads it
+        raise ConfigError(
+            f"{where}.{content_key} is no Unicode text ({error.reason}, character {error.start + 1})"
+        ) from error
+    return {"role": roles[role], "content": content}
+
+
+def _check_order(messages: list[Message]) -> None:
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        number = roles.index("system", 1) + 1
+        raise ConfigError(f"turn {number} is the system's; only the first turn may be")
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    offset = len(roles) - len(turns)
+    for index, role in enumerate(turns):
+        expected = ("user", "assistant")[index % 2]
+        if role != expected:
+            before = f"behind another of the {role}" if index else "at the beginning"
+            raise ConfigError(
+                f"turn {offset + index + 1} is the {role}'s, {before}; user and assistant must take turns, user first"
+            )
+    if "assistant" not in turns:
+        raise ConfigError("has no turn of the assistant; there is nothing to learn from it")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def _keys(value: dict[Any, Any]) -> str:
+    return f"the keys {', '.join(str(key) for key in value)}" if value else "no keys"
