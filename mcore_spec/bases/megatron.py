@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mcore_spec.bases.features import Features
-from mcore_spec.bases.megatron_build import describe
+from mcore_spec.bases.megatron_build import BaseGPTModel, describe, packed_options
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.layers.embedding import embed_tokens
 from mcore_spec.parallel.collectives import group_rank, group_size
+from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.sharding import Shard
 from mcore_spec.parallel.tensor_parallel import TensorParallel
 
@@ -171,6 +172,21 @@ class MegatronBase:
         return wanted
 
     @torch.no_grad()
+    def head_row_norm(self) -> float:
+        """Root mean square of the norms of the head's rows; last stage only, every rank of its group must call."""
+        weight = self.head_weight()
+        # Padding rows are zero and add nothing to the sum.
+        total = torch.linalg.vector_norm(weight, dtype=torch.float64).square()
+        if self.tp.size > 1:
+            dist.all_reduce(total, group=self.tp.group)
+        return float((total / self.architecture.vocab_size).sqrt())
+
+    def final_norm_weight(self) -> Tensor:
+        """Weight of the final norm, [h]; last stage only."""
+        weight: Tensor = self.model.decoder.final_layernorm.weight
+        return weight.detach()
+
+    @torch.no_grad()
     def last_layer_weights(self) -> dict[str, Tensor]:
         """This rank's weights of the last decoder layer under the names of a draft's layer; last stage only."""
         layer, architecture = self.model.decoder.layers[-1], self.architecture
@@ -205,23 +221,38 @@ class MegatronBase:
         self.model.add_module("draft_embedding", copy)
 
     @torch.no_grad()
-    def features(self, token_ids: Tensor, *, aux_layer_ids: Sequence[int] = ()) -> Features | None:
+    def features(
+        self, token_ids: Tensor, *, aux_layer_ids: Sequence[int] = (), documents: Documents | None = None
+    ) -> Features | None:
         """Run the base on whole sequences.
 
         Args:
-            token_ids: [b, s], the same on every stage.
+            token_ids: [b, s], the same on every stage; with `documents` the whole packed row, [1, s].
             aux_layer_ids: layers (0-based, by output) whose hidden states are wanted; sorted.
+            documents: bounds inside the row, and which of its rows this rank takes; ``None``: each of the b
+                rows is one document.
 
         Returns:
-            The features on the last stage, ``None`` on the others.
+            The features of this rank's rows on the last stage, ``None`` on the others.
+
+        Raises:
+            UnsupportedError: several documents in a base whose attention cannot keep them apart.
         """
         first_layer = self.model.decoder.layers[0].layer_number - 1
         num_received = sum(layer < first_layer for layer in aux_layer_ids)
+        if documents is not None:
+            token_ids = documents.take(token_ids, 1)
         received = self._receive(token_ids, num_received)
-        positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
-        prepared = self.model._preprocess(token_ids, positions)
+        # Our own attention takes documents in any case; LongRoPE's table depends on their length.
+        if documents is None or (documents.is_single and not isinstance(self.model, BaseGPTModel)):
+            positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
+            embedded, rotary = self.model._preprocess(token_ids, positions)[:2]
+            options: dict[str, Any] = {"rotary_pos_emb": rotary}
+        else:
+            embedded = self.model.embedding(token_ids, None) if self.is_first_stage else None
+            options = packed_options(self.model, documents)
         with capture_layer_outputs(self.model, aux_layer_ids) as captured:
-            hidden = self.model.decoder(hidden_states=prepared[0], attention_mask=None, rotary_pos_emb=prepared[1])
+            hidden = self.model.decoder(hidden_states=embedded, attention_mask=None, **options)
         aux = [*received, *captured]
         if not self.is_last_stage:
             self._communicator().send_forward(torch.cat([hidden, *aux], dim=-1), False)

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from mcore_spec.bases.megatron_layers import (
     BaseRotaryEmbedding,
+    document_params,
     local_block_spec,
     transformer_engine_layer_spec,
 )
@@ -24,6 +26,7 @@ from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.layers.mlp import ACTIVATIONS
 from mcore_spec.layers.rotary import rotary_frequencies
 from mcore_spec.parallel.collectives import group_rank, group_size
+from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.layout import Layout, device, require_transformer_engine
 from mcore_spec.parallel.tensor_parallel import TensorParallel
 
@@ -162,6 +165,7 @@ def transformer_config(architecture: BaseArchitecture, layout: Layout) -> BaseTr
         fp16=dtype is torch.float16,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
         num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         # Weights are read, not drawn: allocate on the host or device and leave them unset.
@@ -173,6 +177,8 @@ def transformer_config(architecture: BaseArchitecture, layout: Layout) -> BaseTr
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
+        # Gradients are sums over tokens, divided once by the number of tokens of all ranks.
+        calculate_per_token_loss=True,
         yarn_mscale=10 * (scaling - 1),
     )
 
@@ -226,6 +232,22 @@ def describe(model: GPTModel) -> BaseArchitecture:
         num_experts=config.num_moe_experts,
         dtype=next(name for name, dtype in DTYPES.items() if dtype is config.params_dtype),
     )
+
+
+def packed_options(model: GPTModel, documents: Documents) -> dict[str, Any]:
+    """What the decoder of `model` takes besides hidden states so that documents do not see each other.
+
+    Raises:
+        UnsupportedError: the model's attention builds whole [s, s] scores (megatron-core's local one).
+    """
+    attention = model.decoder.layers[0].self_attention.core_attention
+    _require(not isinstance(attention, DotProductAttention), "megatron-core's local attention and packed documents")
+    rotary, params = model.rotary_pos_emb, document_params(documents, device=next(model.parameters()).device)
+    if isinstance(rotary, BaseRotaryEmbedding):
+        angles = rotary.packed(documents)
+    else:
+        angles = rotary(params.max_seqlen_q, packed_seq=True)
+    return {"rotary_pos_emb": angles, "packed_seq_params": params}
 
 
 def _require(condition: bool, found: str) -> None:

@@ -16,6 +16,7 @@ from mcore_spec.config import BaseArchitecture, MedusaConfig
 from mcore_spec.drafts.draft import Draft, Reads
 from mcore_spec.layers.linear import ShardedLinear, VocabularyHead
 from mcore_spec.parallel.collectives import gather
+from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.tensor_parallel import Placement
 
 
@@ -62,7 +63,9 @@ class MedusaHead(nn.Module):
 class MedusaDraft(Draft):
     """All heads."""
 
+    label: ClassVar[str] = "Medusa"
     reads: ClassVar[Reads] = "last"
+    reads_tokens: ClassVar[bool] = False
 
     def __init__(self, config: MedusaConfig, base: BaseArchitecture, *, place: Placement) -> None:
         """Allocate this rank's shard.
@@ -98,11 +101,13 @@ class MedusaDraft(Draft):
             if ".blocks." in name:
                 parameter.zero_()
 
-    def forward(self, features: Tensor) -> list[Tensor]:
+    def forward(self, features: Tensor, *, documents: Documents | None = None) -> list[Tensor]:
         """Logits of every head.
 
         Args:
             features: the base's last hidden state after its final norm [s or s/size, b, h].
+            documents: taken as the other drafts take it; there is no attention, so every row is computed by
+                itself and the bounds change nothing.
 
         Returns:
             One a head, this rank's [s, b, padded vocabulary / size].

@@ -11,6 +11,7 @@ from mcore_spec.layers.attention import AttentionShape, KeyValue, TTTAttention
 from mcore_spec.layers.linear import ShardedLinear
 from mcore_spec.layers.mlp import GatedMLP
 from mcore_spec.layers.norm import RMSNorm
+from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.tensor_parallel import Placement
 
 T = TypeVar("T")
@@ -81,10 +82,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, eps=shape.eps, place=place)
         self.mlp = gated_mlp(shape, place=place)
 
-    def forward(self, x: Tensor, *, step: int, past: list[KeyValue]) -> Tensor:
-        """One TTT step: [s or s/size, b, h] -> the same; appends to `past`."""
+    def forward(self, x: Tensor, *, step: int, past: list[KeyValue], documents: Documents | None = None) -> Tensor:
+        """One TTT step: [s or s/size, b, h] -> the same; appends to `past`. Arguments as of `TTTAttention`."""
         normed = x if self.input_layernorm is None else self.input_layernorm(x)
-        x = x + self.self_attn(normed, step=step, past=past)
+        x = x + self.self_attn(normed, step=step, past=past, documents=documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

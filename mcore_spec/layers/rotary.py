@@ -24,7 +24,7 @@ class Frequencies(NamedTuple):
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of the angles at given positions; chooses LongRoPE's table by sequence length."""
+    """cos and sin of the angles at given positions; chooses LongRoPE's table by the length of the sequence."""
 
     short: Tensor
     long: Tensor
@@ -40,19 +40,29 @@ class RotaryEmbedding(nn.Module):
         short = rotary_frequencies(rope, head_dim, beyond_original=False)
         long = rotary_frequencies(rope, head_dim, beyond_original=True)
         self.attention_scaling = short.attention_scaling
-        # Positions from here on use the long table (other scalings have one table only).
+        # Longer sequences use the long table; other scalings have one table only.
+        self.has_two_tables = rope.rope_type == "longrope"
         self.original_length = rope.scaling.get("original_max_position_embeddings", 0)
         self.register_buffer("short", short.inv_freq, persistent=False)
         self.register_buffer("long", long.inv_freq, persistent=False)
 
-    def angles(self, positions: Tensor, *, sequence_length: int) -> Tensor:
-        """[...] integer positions -> [..., head_dim] float32 angles, the two halves alike."""
-        inv_freq = self.long if sequence_length > self.original_length else self.short
+    def angles(self, positions: Tensor, *, sequence_length: int | Tensor) -> Tensor:
+        """[...] integer positions -> [..., head_dim] float32 angles, the two halves alike.
+
+        Args:
+            positions: inside the sequence.
+            sequence_length: of the sequence that the positions are in; a tensor: of each position's, [...].
+        """
+        inv_freq = self.short
+        if self.has_two_tables and isinstance(sequence_length, Tensor):
+            inv_freq = torch.where((sequence_length > self.original_length).unsqueeze(-1), self.long, self.short)
+        elif self.has_two_tables and sequence_length > self.original_length:
+            inv_freq = self.long
         angles = positions.to(torch.float32).unsqueeze(-1) * inv_freq
         return torch.cat((angles, angles), dim=-1)
 
-    def forward(self, positions: Tensor, *, sequence_length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[...] positions -> cos and sin, each [..., head_dim] in `dtype`."""
+    def forward(self, positions: Tensor, *, sequence_length: int | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[...] positions -> cos and sin, each [..., head_dim] in `dtype`; lengths as in `angles`."""
         angles = self.angles(positions, sequence_length=sequence_length)
         return (
             (angles.cos() * self.attention_scaling).to(dtype),

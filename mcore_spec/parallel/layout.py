@@ -26,12 +26,14 @@ class Layout:
     Attributes:
         tensor: ranks that share each layer.
         pipeline: stages.
+        context: ranks that share the rows of each sequence.
         sequence_parallel: shard the sequence over the tensor group between parallel regions.
         last_stage_layers: decoder layers on the last stage, where they should not be split evenly.
     """
 
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
     sequence_parallel: bool = False
     last_stage_layers: int | None = None
 
@@ -41,11 +43,12 @@ class Layout:
         Raises:
             ConfigError: sizes that do not divide.
         """
-        model_ranks = self.tensor * self.pipeline
+        model_ranks = self.tensor * self.pipeline * self.context
         if world_size % model_ranks:
+            context = "" if self.context == 1 else f" x context_parallel_size = {self.context}"
             raise ConfigError(
                 f"world size {world_size} is not divisible by tensor_model_parallel_size = {self.tensor} x "
-                f"pipeline_model_parallel_size = {self.pipeline}; start {model_ranks} processes or a multiple "
+                f"pipeline_model_parallel_size = {self.pipeline}{context}; start {model_ranks} processes or a multiple "
                 f"(torchrun --nproc_per_node={model_ranks})"
             )
 
@@ -53,6 +56,11 @@ class Layout:
 def world_size_from_environment() -> int:
     """Number of processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def num_data_ranks(layout: Layout) -> int:
+    """Ranks that hold the same part of the model and see other samples."""
+    return dist.get_world_size() // (layout.tensor * layout.pipeline * layout.context)
 
 
 def device() -> torch.device:
@@ -84,7 +92,9 @@ def parallel_runtime(layout: Layout, *, seed: int = 1234, timeout_s: int = 1800)
     if starts_group:
         _init_process_group(timedelta(seconds=timeout_s))
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
     )
     try:
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
