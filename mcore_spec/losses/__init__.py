@@ -1,0 +1,1 @@
+"""What a draft is trained on: the distillation loss of its steps, readable (`reference`) and fast (`fused`)."""

@@ -1,0 +1,312 @@
+"""The distillation loss of all training-time-test steps with its gradients, chunk by chunk over teacher positions.
+
+Each teacher logit is computed once: a chunk's teacher logits, then the rows of the K steps that are judged there,
+whose loss and gradients are finished while the chunk's probabilities are at hand. Nothing of size [tokens, vocabulary]
+ever exists, and under tensor parallelism the vocabulary stays sharded. The same numbers, row by row: `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from mcore_spec.errors import ConfigError
+from mcore_spec.losses.outcome import LossOutput
+from mcore_spec.losses.schedule import Chunk, StepRows, schedule
+from mcore_spec.losses.softmax import all_reduce, exponentiate, row_peak
+from mcore_spec.losses.vocabulary import NOT_IN_VOCABULARY, Vocabulary, VocabularySlice
+
+# Elements of a block, 64 MiB in float32. Measured on two cores with 49,152 entries of 576: up to 2**24 the heads'
+# matrix products gain from more rows at a time, and what the passes over a larger block lose stays below it.
+HOST_MAX_LOGITS = 2**24
+# 512 MiB in float32, 883 rows of 151,936 entries: enough for a matrix product to be bound by arithmetic, not by reading
+# the head. Reckoned, not measured.
+DEVICE_MAX_LOGITS = 2**27
+
+
+def distillation_loss(
+    student: Sequence[Tensor],
+    teacher: Tensor,
+    *,
+    position: Tensor,
+    counted: Tensor,
+    vocabulary: Vocabulary,
+    decay: float,
+    labels: Tensor | None = None,
+    keep_out_of_vocabulary: bool = False,
+    max_logits: int | None = None,
+) -> LossOutput:
+    """Cross-entropy of the draft against the base, summed over rows and over K steps (EAGLE-3, arXiv 2503.01840).
+
+    Row r is judged at step k by the base's distribution p at position ``position[r] + 1 + k``; its loss is
+    -sum_v p(v) log q(v), p over the draft vocabulary's rows (renormalised). A row whose teacher argmax over the full
+    vocabulary is not in the draft vocabulary is dropped from the loss and still judged, as wrong.
+
+    The gradients are made in forward, in the dtype of what they belong to; `loss.backward()` multiplies them by the
+    incoming scalar. Logits, softmax and sums are float32 or wider. Under tensor parallelism the gradient of a
+    student tensor is this rank's term of a sum over the group, because each rank sees its slice of the vocabulary:
+    `TensorParallel.enter`, by which the caller entered the parallel region, adds the terms.
+
+    Args:
+        student: K tensors [rows, h], what the head reads at each step.
+        teacher: the base's last hidden states after the final norm, [positions, h]; no gradient.
+        position: index into `teacher` of each row's features, int64 [rows]; any order, no two alike.
+        counted: rows of the mask, bool [K, rows]; their positions at the step exist.
+        vocabulary: the heads of both.
+        decay: weight of a step relative to the one before.
+        labels: base ids int64 [K, rows], read where `counted`: the loss is then -log q(label), and a row whose label
+            is not in the draft vocabulary is dropped. None: the base's distribution.
+        keep_out_of_vocabulary: do not drop rows for their teacher argmax (with `labels` there is nothing to keep).
+        max_logits: elements in a block of logits on this rank; 2 to 4 blocks are held. Default: by device.
+
+    Returns:
+        The sums; `loss` carries the gradients.
+
+    Raises:
+        ConfigError: `max_logits` below 1, or `keep_out_of_vocabulary` with `labels`.
+    """
+    if max_logits is None:
+        max_logits = HOST_MAX_LOGITS if teacher.device.type == "cpu" else DEVICE_MAX_LOGITS
+    if max_logits < 1:
+        raise ConfigError(f"max_logits = {max_logits}; give the elements of a block of logits, 1 or more")
+    if keep_out_of_vocabulary and labels is not None:
+        raise ConfigError(
+            "keep_out_of_vocabulary = true with labels: a label outside of the draft vocabulary has no logit; "
+            "leave it off, or distil from the base's distribution"
+        )
+    assert counted.shape == (len(student), position.shape[0]), f"counted is {list(counted.shape)}"
+    assert labels is None or labels.shape == counted.shape, "labels are shaped like counted"
+    assert all(hidden.shape == (position.shape[0], teacher.shape[1]) for hidden in student), "one hidden state a row"
+    request = _Request(
+        teacher=teacher.detach(),
+        position=position.to(teacher.device),
+        counted=counted,
+        vocabulary=vocabulary,
+        decay=decay,
+        labels=labels,
+        keep_out_of_vocabulary=keep_out_of_vocabulary,
+        max_positions=max(1, max_logits // max(1, vocabulary.teacher.width, vocabulary.student.width)),
+        with_grad=torch.is_grad_enabled(),
+    )
+    return LossOutput(*_DistillationLoss.apply(request, vocabulary.student_head, *student))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """What the loss is asked for, without the tensors that may get a gradient."""
+
+    teacher: Tensor
+    position: Tensor
+    counted: Tensor
+    vocabulary: Vocabulary
+    decay: float
+    labels: Tensor | None
+    keep_out_of_vocabulary: bool
+    max_positions: int
+    with_grad: bool
+
+
+class _DistillationLoss(Function):
+    @staticmethod
+    def forward(ctx: Any, request: _Request, student_head: Tensor, *student: Tensor) -> tuple[Tensor, ...]:
+        wants = [request.with_grad and needed for needed in ctx.needs_input_grad]
+        work = _Work(request, student, wants_head=wants[1], wants_student=wants[2:])
+        for chunk in schedule(
+            request.position,
+            request.counted,
+            num_positions=request.teacher.shape[0],
+            max_positions=request.max_positions,
+        ):
+            work.add(chunk)
+        outcome = work.finish()
+        ctx.save_for_backward(work.head_grad, *work.student_grads)
+        ctx.mark_non_differentiable(*outcome[1:])
+        return tuple(outcome)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # The head's is wider than the head where that is narrow; autograd rounds what it is given.
+        return None, *(None if grad is None else grad * grads[0] for grad in ctx.saved_tensors)
+
+
+class _Target(NamedTuple):
+    """What the teacher says at the n positions of a chunk.
+
+    Attributes:
+        ids: argmax over the full vocabulary, int64 [n].
+        is_kept: whether rows judged here may enter the loss, bool [n].
+        probabilities: over this rank's slice of the draft vocabulary, [n, width], zero where not kept; None: labels.
+    """
+
+    ids: Tensor
+    is_kept: Tensor
+    probabilities: Tensor | None
+
+
+class _Scratch:
+    """Memory for one block at a time; it grows to the largest that is asked for and is used again."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._flat = torch.empty(0, dtype=dtype, device=device)
+
+    def block(self, num_rows: int, width: int) -> Tensor:
+        """An uninitialised, contiguous [num_rows, width]; the one before is overwritten."""
+        if self._flat.numel() < num_rows * width:
+            self._flat = self._flat.new_empty(num_rows * width)
+        return self._flat[: num_rows * width].view(num_rows, width)
+
+
+class _Work:
+    """The sums and gradients, chunk by chunk."""
+
+    def __init__(
+        self, request: _Request, student: Sequence[Tensor], *, wants_head: bool, wants_student: Sequence[bool]
+    ) -> None:
+        self.request, self.student = request, student
+        self.group = request.vocabulary.tp.group
+        dtype, device = student[0].dtype, request.teacher.device
+        self.wide = torch.promote_types(torch.promote_types(dtype, request.teacher.dtype), torch.float32)
+        head = request.vocabulary.student_head
+        self.head_grad = torch.zeros_like(head, dtype=self.wide) if wants_head else None
+        self.student_grads = [
+            torch.zeros_like(hidden) if wants else None for hidden, wants in zip(student, wants_student, strict=True)
+        ]
+        self._wants_gradients = wants_head or any(wants_student)
+        self.entered = torch.zeros_like(request.counted)
+        self.expected = torch.zeros_like(request.counted, dtype=torch.int64)
+        self.predicted = torch.zeros_like(self.expected)
+        # A row's loss is log_sum - cross; log_sum is the same on every rank, cross one term of a sum over the group.
+        self.log_sum = torch.zeros(len(student), dtype=self.wide, device=device)
+        self.cross = torch.zeros_like(self.log_sum)
+        self._teacher_block, self._draft_block, self._student_block, self._taken_block = (
+            _Scratch(self.wide, device) for _ in range(4)
+        )
+        self._narrow_blocks = {narrow: _Scratch(narrow, device) for narrow in {dtype, request.teacher.dtype}}
+
+    def add(self, chunk: Chunk) -> None:
+        """Judge the rows of every step at the positions of a chunk."""
+        target = self._teach(chunk.positions)
+        for step in chunk.steps:
+            self._judge(step, target)
+
+    def finish(self) -> LossOutput:
+        """The sums over all chunks."""
+        counted, decay = self.request.counted, self.request.decay
+        vocabulary = self.request.vocabulary
+        predicted = all_reduce(self.predicted, dist.ReduceOp.MIN, self.group).clamp_(max=vocabulary.draft_size - 1)
+        loss_by_step = self.log_sum - all_reduce(self.cross, dist.ReduceOp.SUM, self.group)
+        weights = torch.tensor([decay**k for k in range(len(self.student))], dtype=self.wide)
+        correct = (vocabulary.to_target(predicted) == self.expected) & counted
+        return LossOutput(
+            loss=(weights.to(loss_by_step.device) * loss_by_step).sum(),
+            loss_by_step=loss_by_step,
+            rows_by_step=self.entered.sum(1),
+            judged_by_step=counted.sum(1),
+            correct_by_step=correct.sum(1),
+            # A row's run ends with the first step that is wrong or that the mask leaves out.
+            accepted=correct.to(torch.int64).cumprod(0).sum(),
+        )
+
+    def _teach(self, positions: Tensor) -> _Target:
+        request, vocabulary = self.request, self.request.vocabulary
+        hidden = request.teacher.index_select(0, positions)
+        logits = self._logits(hidden, vocabulary.teacher, self._teacher_block)
+        peak = row_peak(logits, vocabulary.teacher.first, self.group)
+        # Rows of NaN have no peak; the clamp keeps the index valid, and the loss says NaN.
+        ids = all_reduce(peak.entry, dist.ReduceOp.MIN, self.group).clamp_(max=vocabulary.vocab_size - 1)
+        if request.labels is not None:
+            return _Target(ids, torch.ones_like(ids, dtype=torch.bool), None)
+        is_kept = vocabulary.to_draft(ids) != NOT_IN_VOCABULARY
+        if request.keep_out_of_vocabulary:
+            is_kept = torch.ones_like(is_kept)
+        highest = peak.value
+        if not vocabulary.shares_logits:
+            logits = self._draft_logits(hidden, logits)
+            highest = row_peak(logits, vocabulary.student.first, self.group).value
+        total = exponentiate(logits.sub_(highest[:, None]), self.group)
+        return _Target(ids, is_kept, logits.mul_((is_kept / total)[:, None]))
+
+    def _draft_logits(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """The teacher's logits over this rank's slice of the draft vocabulary, [n, width]."""
+        vocabulary = self.request.vocabulary
+        if vocabulary.teacher_rows is not None:
+            rows = VocabularySlice(vocabulary.teacher_rows, vocabulary.student.first)
+            return self._logits(hidden, rows, self._draft_block)
+        assert vocabulary.draft_to_target is not None
+        out = self._draft_block.block(logits.shape[0], vocabulary.draft_size)
+        return torch.index_select(logits, 1, vocabulary.draft_to_target, out=out)
+
+    def _judge(self, step: StepRows, target: _Target) -> None:
+        k, rows, head = step.step, step.rows, self.request.vocabulary.student
+        hidden = self.student[k].index_select(0, rows)
+        logits = self._logits(hidden, head, self._student_block)
+        peak = row_peak(logits, head.first, self.group)
+        self.predicted[k].index_copy_(0, rows, peak.entry)
+        self.expected[k].index_copy_(0, rows, target.ids.index_select(0, step.slots))
+        logits.sub_(peak.value[:, None])
+        if target.probabilities is None:
+            entered = self._against_labels(step, logits)
+        else:
+            entered = target.is_kept.index_select(0, step.slots)
+            p = step.take(target.probabilities, self._taken_block.block(rows.shape[0], head.width))
+            # Row by row: one float32 dot product over the whole block loses four digits.
+            self.cross[k] += torch.linalg.vecdot(p, logits).sum()
+            total = exponentiate(logits, self.group)
+            self.log_sum[k] += (total.log() * entered).sum()
+            if self._wants_gradients:
+                torch.addcmul(p, logits, (1 / total)[:, None], value=-1, out=logits)
+        self.entered[k].index_copy_(0, rows, entered)
+        if self._wants_gradients:
+            self._add_gradients(step, hidden, entered, logits)
+
+    def _against_labels(self, step: StepRows, shifted: Tensor) -> Tensor:
+        """Cross-entropy with hard labels; `shifted` becomes onehot - q. Returns which rows entered, bool [m]."""
+        assert self.request.labels is not None
+        k, head = step.step, self.request.vocabulary.student
+        label = self.request.vocabulary.to_draft(self.request.labels[k].index_select(0, step.rows))
+        entered = label != NOT_IN_VOCABULARY
+        column = label - head.first
+        # A label of another rank and one outside of the draft vocabulary stand in no column.
+        is_here = ((column >= 0) & (column < head.width)).to(self.wide)
+        column = column.clamp(0, max(head.width - 1, 0))[:, None]
+        if head.width > 0:
+            self.cross[k] += shifted.gather(1, column)[:, 0].dot(is_here)
+        total = exponentiate(shifted, self.group)
+        self.log_sum[k] += (total.log() * entered).sum()
+        if head.width > 0 and self._wants_gradients:
+            shifted.mul_((-1 / total)[:, None]).scatter_add_(1, column, is_here[:, None])
+        return entered
+
+    def _add_gradients(self, step: StepRows, hidden: Tensor, entered: Tensor, descent: Tensor) -> None:
+        """Add what the rows of one step give; `descent` is p - q, minus the gradient with respect to their logits."""
+        factor, head = -(self.request.decay**step.step), self.request.vocabulary.student
+        if hidden.dtype != descent.dtype:
+            descent = self._narrow_blocks[hidden.dtype].block(*descent.shape).copy_(descent)
+        grad = self.student_grads[step.step]
+        if grad is not None:
+            # The factor is applied to a row of h, not of the vocabulary, and before rounding to the row's dtype.
+            scale = (entered.to(self.wide) * factor)[:, None]
+            grad.index_copy_(0, step.rows, (torch.mm(descent, head.weight) * scale).to(grad.dtype))
+        if self.head_grad is None:
+            return
+        entered_hidden, head_grad = hidden * entered[:, None], self.head_grad[: head.width]
+        if hidden.dtype == head_grad.dtype:
+            head_grad.addmm_(descent.t(), entered_hidden, alpha=factor)
+        else:
+            head_grad.add_(torch.mm(descent.t(), entered_hidden), alpha=factor)
+
+    def _logits(self, hidden: Tensor, head: VocabularySlice, scratch: _Scratch) -> Tensor:
+        """[n, h] -> [n, width], multiplied in the tensors' dtype and widened."""
+        out = scratch.block(hidden.shape[0], head.width)
+        if hidden.dtype == out.dtype:
+            return torch.mm(hidden, head.weight.t(), out=out)
+        narrow = self._narrow_blocks[hidden.dtype].block(*out.shape)
+        return out.copy_(torch.mm(hidden, head.weight.t(), out=narrow))

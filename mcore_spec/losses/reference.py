@@ -1,0 +1,84 @@
+"""The distillation loss, row by row: the specification of `fused`.
+
+One process, whole heads, every logit of a row at once, gradients by autograd. Slow, and meant to be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from mcore_spec.losses.outcome import LossOutput
+from mcore_spec.losses.vocabulary import Vocabulary
+
+
+def distillation_loss_reference(
+    student: Sequence[Tensor],
+    teacher: Tensor,
+    *,
+    position: Tensor,
+    counted: Tensor,
+    vocabulary: Vocabulary,
+    decay: float,
+    labels: Tensor | None = None,
+    keep_out_of_vocabulary: bool = False,
+) -> LossOutput:
+    """`fused.distillation_loss`, which has the arguments' full description, for a group of one rank.
+
+    Args:
+        student: K tensors [rows, h].
+        teacher: [positions, h].
+        position: int64 [rows].
+        counted: bool [K, rows].
+        vocabulary: both heads, whole.
+        decay: weight of a step relative to the one before.
+        labels: int64 [K, rows], or None.
+        keep_out_of_vocabulary: whether rows stay whose teacher argmax is not in the draft vocabulary.
+
+    Returns:
+        The sums; `loss` carries gradients to `student` and to the student's head.
+    """
+    assert vocabulary.tp.size == 1, "the reference holds whole heads"
+    wide = torch.promote_types(student[0].dtype, torch.float32)
+    ids = vocabulary.draft_to_target
+    # The base id of each row of the student's head.
+    draft_ids = list(range(vocabulary.vocab_size)) if ids is None else ids.tolist()
+    teacher_head = vocabulary.teacher_head.detach()[: vocabulary.vocab_size]
+    student_head = vocabulary.student_head[: len(draft_ids)]
+    entered, correct = torch.zeros_like(counted), torch.zeros_like(counted)
+    losses = []
+    for k, hidden in enumerate(student):
+        # A zero that depends on every input, so that a step without rows has gradients of zero.
+        loss = 0 * (hidden.sum() + student_head.sum()).to(wide)
+        for row in counted[k].nonzero().flatten().tolist():
+            teacher_logits = (teacher_head @ teacher[position[row] + 1 + k].detach()).to(wide)
+            student_logits = (student_head @ hidden[row]).to(wide)
+            best = int(teacher_logits.argmax())
+            correct[k, row] = draft_ids[int(student_logits.argmax())] == best
+            log_q = student_logits.log_softmax(0)
+            if labels is None:
+                entered[k, row] = keep_out_of_vocabulary or best in draft_ids
+                term = -(teacher_logits[draft_ids].softmax(0) * log_q).sum()
+            else:
+                label = int(labels[k, row])
+                entered[k, row] = label in draft_ids
+                term = -log_q[draft_ids.index(label)] if label in draft_ids else log_q.sum()
+            if entered[k, row]:
+                loss = loss + term
+        losses.append(loss)
+    return LossOutput(
+        loss=torch.stack([decay**k * loss for k, loss in enumerate(losses)]).sum(),
+        loss_by_step=torch.stack(losses).detach(),
+        rows_by_step=entered.sum(1),
+        judged_by_step=counted.sum(1),
+        correct_by_step=correct.sum(1),
+        accepted=torch.tensor(sum(_accepted(row) for row in correct.T.tolist()), device=counted.device),
+    )
+
+
+def _accepted(correct: list[bool]) -> int:
+    """Steps of one row that were right before the first that was not, or that the mask leaves out."""
+    return len(list(takewhile(bool, correct)))
