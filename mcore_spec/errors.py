@@ -18,5 +18,9 @@ class CheckpointError(McoreSpecError):
     """Weights on disk are missing, damaged, or not the ones that were asked for."""
 
 
+class TrainingError(McoreSpecError):
+    """A run that cannot go on: its numbers are no numbers any more."""
+
+
 class UnsupportedError(McoreSpecError):
     """A combination that is valid in itself but that this package cannot represent exactly."""

@@ -137,9 +137,12 @@ class ImportedBase(NamedTuple):
     raw_config: dict[str, Any]
 
 
-def import_base(directory: Path, layout: Layout) -> ImportedBase:
+def import_base(directory: Path, layout: Layout, *, dtype: str | None = None) -> ImportedBase:
     raw = read_hf_config(directory)
-    model = build_gpt_model(describe_hf(raw, where=str(directory)), layout)
+    architecture = describe_hf(raw, where=str(directory))
+    if dtype is not None:
+        architecture = architecture.model_copy(update={"dtype": dtype})
+    model = build_gpt_model(architecture, layout)
     with WeightDirectory(directory) as weights:
-        import_hf(model, weights)
+        import_hf(model, weights, cast=dtype is not None)
     return ImportedBase(model, raw)

@@ -61,3 +61,32 @@ def check_draft_to_target(d2t: object, *, vocab_size: int, where: str) -> Tensor
             f"vocabulary of {vocab_size}; it was made for another base: {_REMEDY}"
         )
     return d2t
+
+
+def select_draft_vocabulary(counts: Tensor, *, size: int) -> Tensor:
+    """The `size` most frequent tokens as d2t; of equally frequent ones those with the lower id.
+
+    Args:
+        counts: how often each entry of the base's vocabulary is to be produced, int64 [vocabulary].
+        size: entries of the draft vocabulary.
+
+    Returns:
+        d2t, int64 [size]: ascending target ids minus their index.
+
+    Raises:
+        ConfigError: more entries than the base's vocabulary has.
+    """
+    if not 0 < size <= counts.shape[0]:
+        raise ConfigError(
+            f"draft_vocab_size = {size} is not between 1 and the base's vocabulary of {counts.shape[0]}; choose another"
+        )
+    order = torch.argsort(counts, descending=True, stable=True)
+    targets = order[:size].sort().values
+    return targets - torch.arange(size)
+
+
+def target_to_draft(d2t: Tensor, *, vocab_size: int) -> Tensor:
+    """t2d: whether each entry of the base's vocabulary is in the draft's, bool [vocabulary]."""
+    is_in = torch.zeros(vocab_size, dtype=torch.bool)
+    is_in[torch.arange(d2t.shape[0]) + d2t] = True
+    return is_in

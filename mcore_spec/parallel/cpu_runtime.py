@@ -8,8 +8,9 @@ call; each entry says who asks. Remove an entry once megatron-core asks `torch.a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -50,12 +51,57 @@ def _causal_mask(size: int) -> torch.Tensor:
     return torch.ones(size, size, dtype=torch.bool).triu(1)
 
 
+# Makers of tensors that megatron-core calls with ``device="cuda"``.
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange")
+
+
+class _HostTorch(ModuleType):
+    """torch as a module of megatron-core sees it: what is asked for on "cuda" is made on the host."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in _FACTORIES:
+            vars(self)[name] = _on_host(vars(torch)[name])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return factory(*args, device="cpu" if device == "cuda" else device, **kwargs)
+
+    return make
+
+
+@contextmanager
+def tensor_types_of_cuda() -> Iterator[None]:
+    """Let tensors on the host say ``torch.cuda.FloatTensor`` of themselves during the block.
+
+    megatron-core's mixed-precision optimizers sort parameters by these names when they are built, and refuse
+    every other.
+    """
+    of_host = torch.Tensor.type
+
+    def of_cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        named = of_host(tensor, *args, **kwargs)
+        return named.replace("torch.", "torch.cuda.") if isinstance(named, str) else named
+
+    torch.Tensor.type = of_cuda  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = of_host  # type: ignore[method-assign]
+
+
 def install() -> None:
     """Let megatron-core run on the host; inert where CUDA is available, and when called again."""
     global _installed
     if _installed or torch.cuda.is_available():
         return
     from megatron.core.fusions import fused_softmax
+    from megatron.core.optimizer import optimizer
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils
 
@@ -85,4 +131,7 @@ def install() -> None:
     vars(moe_utils).setdefault("te_general_gemm", None)
     # LanguageModule copies the tied embedding with `.cuda()` before it reduces it over the stages.
     torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign]
+    # Loss scale, overflow flag and token counters.
+    for module in (optimizer, schedules):
+        vars(module)["torch"] = _HostTorch()
     _installed = True

@@ -1,0 +1,198 @@
+"""``mcore-spec finetune``: trains the draft of a checkpoint, or continues a run that was interrupted."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from mcore_spec.bases.megatron_build import check_layout
+from mcore_spec.checkpoint.store import TRACKER, Checkpoint, check_save_directory, find_checkpoint, load_checkpoint
+from mcore_spec.cli.convert import layout_of
+from mcore_spec.cli.terminal import say
+from mcore_spec.cli.training_arguments import FinetuneArguments
+from mcore_spec.data.store import TokenStore, build_token_store
+from mcore_spec.errors import CheckpointError, ConfigError
+from mcore_spec.parallel.layout import (
+    Layout,
+    is_rank_zero,
+    num_data_ranks,
+    parallel_runtime,
+    run_on_every_rank,
+    run_on_rank_zero,
+)
+from mcore_spec.training.data import Conversations
+from mcore_spec.training.log import Entry, Logger, brief, draw_curves, open_loggers
+from mcore_spec.training.step import check_trainable
+from mcore_spec.training.trainer import Progress, Trainer
+
+_TRAIN_DTYPE = {False: "float32", True: "bfloat16"}
+
+
+class Start(NamedTuple):
+    """What a run begins with.
+
+    Attributes:
+        checkpoint: that is loaded; its record's dtype is that of the training.
+        is_resumed: whether it is one of an interrupted run in --save.
+    """
+
+    checkpoint: Checkpoint
+    is_resumed: bool
+
+
+def run(arguments: FinetuneArguments) -> None:
+    """Check what can be checked, read the conversations, load the weights, train."""
+    layout = replace(layout_of(arguments), context=arguments.context_parallel_size)
+    with parallel_runtime(layout, seed=arguments.seed):
+        checkpoint, is_resumed = run_on_rank_zero(lambda: _find_start(arguments))
+        check_trainable(checkpoint.record)
+        check_layout(checkpoint.record.base, layout)
+        global_batch_size = _global_batch_size(arguments, layout)
+        store = _read_conversations(arguments, checkpoint)
+        conversations = Conversations(store, arguments, global_batch_size=global_batch_size)
+        begun = 0 if not is_resumed else checkpoint.iteration
+        if begun >= conversations.num_iterations:
+            say(f"{checkpoint.path} is the end of the run: {conversations.num_iterations} iterations; nothing to do")
+            return
+        loggers = run_on_every_rank(lambda: _open_loggers(arguments, begun))
+        model = load_checkpoint(checkpoint, layout, transformer_impl=arguments.transformer_impl)
+        trainer = Trainer(
+            model,
+            conversations.batches,
+            arguments,
+            record=checkpoint.record.model_copy(update={"training": None}),
+            save=Path(arguments.save),
+            num_iterations=conversations.num_iterations,
+            global_batch_size=global_batch_size,
+            tokenizer_files=sorted(checkpoint.tokenizer_path.glob("*")),
+        )
+        if is_resumed:
+            trainer.resume(checkpoint)
+        say(f"{'resumed' if is_resumed else 'loaded'} {checkpoint.path}; {_describe_run(conversations, trainer)}")
+        progress = trainer.run(loggers)
+        _say_end(arguments, progress, conversations.num_iterations, trainer)
+
+
+def _find_start(arguments: FinetuneArguments) -> Start:
+    """The interrupted run in --save, or else --load.
+
+    Raises:
+        CheckpointError: there is nothing to train.
+    """
+    save, dtype = Path(arguments.save), _TRAIN_DTYPE[arguments.bf16]
+    given = find_checkpoint(Path(arguments.load), step=arguments.ckpt_step)
+    check_save_directory(save, given.record.identity)
+    newest = find_checkpoint(save) if (save / TRACKER).exists() else None
+    is_resumed = newest is not None and newest.record.training is not None and arguments.ckpt_step is None
+    if newest is not None and not is_resumed:
+        first = arguments.save_interval or 0
+        if 0 < first <= newest.iteration:
+            raise CheckpointError(
+                f"save = {save} holds iteration {newest.iteration} already, and --save-interval {first} would write "
+                "one before it; choose another directory"
+            )
+    start = newest if is_resumed and newest is not None else given
+    if is_resumed and start.record.conversion != given.record.conversion:
+        raise CheckpointError(
+            f"save = {save} holds a run that trains another draft than the one in --load {arguments.load}; choose "
+            "another directory"
+        )
+    base = start.record.base.model_copy(update={"dtype": dtype})
+    record = start.record.model_copy(update={"base": base})
+    return Start(start._replace(record=record), is_resumed)
+
+
+def _global_batch_size(arguments: FinetuneArguments, layout: Layout) -> int:
+    """Samples in a step.
+
+    Raises:
+        ConfigError: micro-batches of the ranks that do not make it up.
+    """
+    smallest = arguments.micro_batch_size * num_data_ranks(layout)
+    given = arguments.global_batch_size
+    if given is not None and given % smallest:
+        raise ConfigError(
+            f"--global-batch-size {given} is not divisible by --micro-batch-size {arguments.micro_batch_size} x "
+            f"{num_data_ranks(layout)} data-parallel ranks; give a multiple of {smallest}"
+        )
+    return given or smallest
+
+
+def _read_conversations(arguments: FinetuneArguments, checkpoint: Checkpoint) -> TokenStore:
+    """The tokenised conversations, made unless they are in the cache."""
+    base = checkpoint.record.base
+    if arguments.seq_length > base.max_position_embeddings:
+        raise ConfigError(
+            f"--seq-length {arguments.seq_length} is above the base's {base.max_position_embeddings} positions; "
+            "lower it"
+        )
+    tokenizer = arguments.tokenizer_model
+    if tokenizer is None:
+        if not any(checkpoint.tokenizer_path.glob("*")):
+            raise ConfigError(
+                f"the checkpoint {checkpoint.path} has no tokenizer; give the base's with --tokenizer-model"
+            )
+        tokenizer = str(checkpoint.tokenizer_path)
+    cache = arguments.data_cache_path or str(Path(arguments.save) / "data_cache")
+    store = build_token_store(
+        arguments.data_path,
+        tokenizer,
+        cache_dir=Path(cache),
+        seq_length=arguments.seq_length,
+        on_bad_line=arguments.on_bad_line,
+        vocab_size=base.vocab_size,
+    )
+    counts = store.counts
+    say(
+        f"data: {counts.documents:,} conversations, {counts.tokens:,} tokens, {counts.masked_tokens:,} of them the "
+        f"model's; {counts.truncated:,} truncated at --seq-length, {counts.empty:,} without a token of the model's "
+        f"left out, {counts.skipped:,} unreadable left out"
+    )
+    for reason in counts.skip_reasons:
+        say(f"  left out: {reason}")
+    return store
+
+
+def _open_loggers(arguments: FinetuneArguments, iteration: int) -> list[Logger]:
+    """On rank 0; before any weight is read, so that a missing package costs no time."""
+    if not is_rank_zero():
+        return []
+    loggers = open_loggers(
+        arguments.loggers, Path(arguments.save), iteration=iteration, settings=arguments.model_dump(mode="json")
+    )
+    return loggers if sys.stderr.isatty() else [*loggers, _Lines()]
+
+
+class _Lines:
+    """The figures as lines, where no progress bar shows them."""
+
+    def write(self, entry: Entry) -> None:
+        """One line."""
+        say(f"iteration {entry['iteration']}: {brief(entry)}")
+
+    def close(self) -> None:
+        """Nothing to let go."""
+
+
+def _describe_run(conversations: Conversations, trainer: Trainer) -> str:
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    return (
+        f"{conversations.num_iterations - trainer.progress.iteration:,} of {conversations.num_iterations:,} "
+        f"iterations to go, {conversations.global_batch_size} samples each; {trained:,} parameters trained on this rank"
+    )
+
+
+def _say_end(arguments: FinetuneArguments, progress: Progress, num_iterations: int, trainer: Trainer) -> None:
+    """A summary, and the picture where matplotlib is there."""
+    state = "done" if progress.iteration == num_iterations else "stopped, give the same command to go on"
+    say(
+        f"{state}: iteration {progress.iteration:,} of {num_iterations:,}, {progress.consumed_samples:,} samples, "
+        f"{progress.consumed_tokens:,} tokens, {progress.num_skipped:,} steps skipped; saved in {arguments.save}"
+    )
+    if trainer.newest_entry is not None:
+        say(brief(trainer.newest_entry))
+    if is_rank_zero():
+        path = draw_curves(Path(arguments.save))
+        say("install matplotlib for a picture of the run" if path is None else f"curves: {path}")

@@ -1,0 +1,101 @@
+"""From a token store to the batches of a run: which conversations train, which validate, how many steps that is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+
+from mcore_spec.config import TrainingConfig
+from mcore_spec.data.batch import DataParallelBatches
+from mcore_spec.data.packing import SampleStream, Split, split_documents
+from mcore_spec.data.store import TokenStore
+from mcore_spec.errors import ConfigError
+from mcore_spec.training.step import DraftStep
+from mcore_spec.training.trainer import TrainingData
+
+
+class Conversations:
+    """The tokenised conversations of a run, shared out to training and validation."""
+
+    def __init__(self, store: TokenStore, config: TrainingConfig, *, global_batch_size: int) -> None:
+        """Share the documents out.
+
+        Args:
+            store: all of them.
+            config: of the run.
+            global_batch_size: samples in an optimizer step.
+
+        Raises:
+            ConfigError: too few documents for the split, or for one step.
+        """
+        self.store, self.config, self.global_batch_size = store, config, global_batch_size
+        self.split: Split = split_documents(len(store), weights=config.split_weights, seed=config.seed)
+        self.num_iterations = self._num_iterations()
+
+    def _stream(self, *, is_train: bool, document_multiple: int = 1) -> SampleStream:
+        config = self.config
+        return SampleStream(
+            self.store,
+            self.split.train if is_train else self.split.valid,
+            seq_length=config.seq_length,
+            seed=config.seed,
+            document_multiple=document_multiple,
+            packing=config.packing,
+            num_epochs=None if is_train else 1,
+        )
+
+    def _num_iterations(self) -> int:
+        config, stream = self.config, self._stream(is_train=True)
+        if config.train_iters is not None:
+            return config.train_iters
+        num_samples = config.train_samples
+        if num_samples is None:
+            assert config.num_epochs is not None
+            num_samples = sum(stream.samples_per_epoch(epoch) for epoch in range(config.num_epochs))
+        num_iterations = num_samples // self.global_batch_size
+        if num_iterations == 0:
+            raise ConfigError(
+                f"{num_samples} samples make no step of global_batch_size = {self.global_batch_size}; give more data "
+                "or epochs, or a smaller batch"
+            )
+        return num_iterations
+
+    def batches(self, model: GPTModel, step: DraftStep) -> TrainingData:
+        """What this rank trains and validates on."""
+        config, group = self.config, model.pg_collection.dp
+
+        def share(stream: SampleStream) -> DataParallelBatches:
+            return DataParallelBatches(
+                stream,
+                global_batch_size=self.global_batch_size,
+                micro_batch_size=config.micro_batch_size,
+                data_rank=group.rank(),
+                data_size=group.size(),
+                num_steps=step.num_steps,
+                row_multiple=step.row_multiple,
+            )
+
+        multiple = step.document_multiple
+        valid, num_valid = None, 0
+        if len(self.split.valid) and config.eval_iters:
+            valid = share(self._stream(is_train=False, document_multiple=multiple))
+            assert valid.num_batches is not None
+            num_valid = min(valid.num_batches, config.eval_iters)
+        return TrainingData(
+            train=share(self._stream(is_train=True, document_multiple=multiple)),
+            valid=valid,
+            num_valid_batches=num_valid,
+            settings=self._settings(),
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "data": self.store.fingerprint,
+            "split": config.split,
+            "seq_length": config.seq_length,
+            "packing": config.packing,
+            "seed": config.seed,
+            "global_batch_size": self.global_batch_size,
+        }

@@ -1,0 +1,234 @@
+"""megatron-core's optimizer over the draft's parameters: gradients summed over ranks, clipped, checkpointed.
+
+Gradients are sums over tokens. They are added over the micro-batches in megatron-core's buffers, over the
+data- and context-parallel ranks by its `DistributedDataParallel`, and divided once by the number of tokens
+(Megatron-Bridge found gradients 37 % off where each micro-batch was divided by its own).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor, nn
+
+from mcore_spec.config import TrainingConfig
+from mcore_spec.parallel import cpu_runtime
+
+# Parts of AdamW's state that have the parameter's shape.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did.
+
+    Attributes:
+        grad_norm: norm of the whole gradient before clipping.
+        learning_rate: that was used.
+        is_finite: whether there was a step: a gradient with infinities or NaNs changes nothing.
+    """
+
+    grad_norm: float
+    learning_rate: float
+    is_finite: bool
+
+
+class DraftOptimizer:
+    """AdamW on this rank's trainable parameters, of which all but the last pipeline stage have none."""
+
+    def __init__(self, model: GPTModel, config: TrainingConfig, *, num_iterations: int) -> None:
+        """Wrap the model and allocate gradient buffers and moments.
+
+        Args:
+            model: this rank's part, converted.
+            config: rates and decay.
+            num_iterations: steps of the whole run, at the end of which the learning rate is the lowest.
+        """
+        self.model, self.config, self.num_steps = model, config, 0
+        self.is_distributed = (
+            torch.cuda.is_available() if config.use_distributed_optimizer is None else config.use_distributed_optimizer
+        )
+        self.ddp = DistributedDataParallel(
+            model.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=config.bf16, use_distributed_optimizer=self.is_distributed
+            ),
+            model,
+        )
+        optimizer_config = OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
+            bf16=config.bf16,
+            params_dtype=model.config.params_dtype,
+            clip_grad=config.clip_grad,
+            use_distributed_optimizer=self.is_distributed,
+        )
+        with nullcontext() if torch.cuda.is_available() else cpu_runtime.tensor_types_of_cuda():
+            self.optimizer = get_megatron_optimizer(optimizer_config, [self.ddp])
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=config.lr,
+            min_lr=config.min_lr,
+            lr_warmup_steps=min(config.lr_warmup_iters, num_iterations - 1),
+            lr_decay_steps=num_iterations,
+            lr_decay_style=config.lr_decay_style,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=num_iterations,
+            wd_incr_style="constant",
+        )
+        self.schedule(0)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients; before the first micro-batch of a step."""
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def reduce_gradients(self, *, num_rows: int) -> None:
+        """Sum the gradients over the ranks that saw other rows, and divide.
+
+        Args:
+            num_rows: over which the loss was summed, on all ranks and micro-batches.
+        """
+        self.ddp.finish_grad_sync()
+        self.ddp.scale_gradients(1.0 / max(num_rows, 1))
+
+    def step(self) -> StepResult:
+        """Clip and update, behind `reduce_gradients`; every rank must call."""
+        self.optimizer.prepare_grads()
+        grad_norm = self._grad_norm()
+        is_finite = math.isfinite(grad_norm)
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        if is_finite:
+            self._clip(grad_norm)
+            self.optimizer.step_with_ready_grads()
+            self.num_steps += 1
+        return StepResult(grad_norm, learning_rate, is_finite)
+
+    def _grad_norm(self) -> float:
+        """Norm over every parameter of every rank, float64.
+
+        megatron-core's own is float32 and, with tensor parallelism, rounded differently in each layout.
+        """
+        grads = self._only.get_main_grads_for_grad_norm()
+        squares = [torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads]
+        device = next(self.model.parameters()).device
+        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
+        dist.all_reduce(total, group=self._only.get_grad_stats_parallel_group())
+        return math.sqrt(float(total))
+
+    def _clip(self, grad_norm: float) -> None:
+        if self.config.clip_grad > 0 and grad_norm > self.config.clip_grad:
+            for parameter in self._only.get_parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.config.clip_grad / grad_norm)
+
+    def schedule(self, iteration: int) -> None:
+        """Set the learning rate for the step behind `iteration` steps, skipped ones included."""
+        # megatron-core's warm-up begins with a rate of zero, a step that does nothing.
+        is_warming_up = iteration < self.scheduler.lr_warmup_steps
+        self.scheduler.num_steps = 0
+        self.scheduler.step(increment=iteration + 1 if is_warming_up else iteration)
+
+    # --- checkpoint -----------------------------------------------------------------------------------
+
+    def sharded_state(self, model_state: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
+        """Moments and main weights, cut like the parameters they belong to, under Megatron-LM's names.
+
+        Args:
+            model_state: the model's sharded state, whose entries hold the parameters themselves.
+            is_loading: values do not matter, they are about to be read.
+        """
+        if self.is_distributed:
+            nested = self._distributed_state(model_state, is_loading=is_loading)
+            return {entry.key: entry for entries in nested.values() for entry in entries.values()}
+        by_parameter = {id(entry.data): entry for entry in model_state.values() if isinstance(entry.data, nn.Parameter)}
+        state: dict[str, Any] = {}
+        for parameter, main in self._parameters():
+            entry = by_parameter[id(parameter)]
+            tensors = {name: self._moments(main)[name] for name in _MOMENTS}
+            if main is not parameter:
+                tensors["fp32_param"] = main
+            for name, tensor in tensors.items():
+                prefix = f"optimizer.state.{name}"
+                state[f"{prefix}.{entry.key}"] = make_sharded_optimizer_tensor(entry, tensor, prefix=prefix)
+        return state
+
+    def load_sharded_state(self, model_state: dict[str, Any], loaded: dict[str, Tensor], *, num_steps: int) -> None:
+        """Take what `sharded_state` saved.
+
+        Args:
+            model_state: the model's sharded state.
+            loaded: tensors by the keys of `sharded_state`.
+            num_steps: updates that were made.
+        """
+        if self.is_distributed:
+            nested = self._distributed_state(model_state, is_loading=True)
+            tensors = {i: {name: loaded[each.key] for name, each in entries.items()} for i, entries in nested.items()}
+            self._only.load_parameter_state_from_fully_reshardable(tensors)
+        else:
+            by_parameter = {id(entry.data): entry for entry in model_state.values()}
+            for parameter, main in self._parameters():
+                key = by_parameter[id(parameter)].key
+                for name in _MOMENTS:
+                    self._moments(main)[name].copy_(loaded[f"optimizer.state.{name}.{key}"])
+                if main is not parameter:
+                    main.data.copy_(loaded[f"optimizer.state.fp32_param.{key}"])
+        self.num_steps = num_steps
+        self._set_step(num_steps)
+
+    def _set_step(self, num_steps: int) -> None:
+        """AdamW's own counter: torch keeps it beside the moments, Apex and Transformer Engine in the group."""
+        inner = self._only.optimizer
+        for group in [] if inner is None else inner.param_groups:
+            if isinstance(inner, torch.optim.AdamW):
+                for main in group["params"]:
+                    inner.state[main]["step"] = torch.tensor(float(num_steps))
+            else:
+                group["step"] = num_steps
+
+    @property
+    def _only(self) -> Any:
+        """The one optimizer in megatron-core's chain; others are for experts."""
+        (optimizer,) = self.optimizer.chained_optimizers
+        return optimizer
+
+    def _distributed_state(self, model_state: dict[str, Any], *, is_loading: bool) -> dict[int, dict[str, Any]]:
+        """The distributed optimizer's whole state, by parameter; every data-parallel rank takes part."""
+        if self._only.is_stub_optimizer:
+            return {}
+        if is_loading:
+            # torch's AdamW makes its moments in the first step only.
+            self._only.init_state_fn(self._only.optimizer, self._only.config)
+        state: dict[int, dict[str, Any]] = self._only.sharded_param_state_fully_reshardable(
+            model_state, is_loading, metadata={}
+        )
+        return state
+
+    def _parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Each trainable parameter, and the float32 one that the optimizer updates in its place."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                yield parameter, getattr(parameter, "main_param", parameter)
+
+    def _moments(self, main: nn.Parameter) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self._only.optimizer.state[main]
+        for name in _MOMENTS:
+            if name not in state:
+                state[name] = torch.zeros_like(main)
+        return state

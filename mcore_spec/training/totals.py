@@ -1,0 +1,95 @@
+"""What was counted while training: sums that add over micro-batches, steps and ranks, and their means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mcore_spec.losses.outcome import LossOutput
+
+
+@dataclass
+class Totals:
+    """Sums over rows.
+
+    Attributes:
+        sums: float64 [4 K + 3]: for each TTT step loss, rows in the loss, judged rows and correct rows; then the
+            decayed loss, the accepted tokens, and the tokens that went in. One vector, so that one collective
+            adds it.
+    """
+
+    sums: Tensor
+
+    @classmethod
+    def zeros(cls, num_steps: int, *, device: torch.device) -> Totals:
+        """Nothing counted yet."""
+        return cls(torch.zeros(4 * num_steps + 3, dtype=torch.float64, device=device))
+
+    @property
+    def num_steps(self) -> int:
+        """TTT steps."""
+        return (self.sums.shape[0] - 3) // 4
+
+    def add(self, output: LossOutput, *, num_tokens: int) -> None:
+        """Count one micro-batch of `num_tokens` tokens."""
+        parts = (output.loss_by_step, output.rows_by_step, output.judged_by_step, output.correct_by_step)
+        scalars = torch.stack((output.loss.detach().double(), output.accepted.double()))
+        self.sums += torch.cat((*(part.double() for part in parts), scalars, scalars.new_tensor([num_tokens])))
+
+    def add_totals(self, other: Totals) -> None:
+        """Count what `other` counted."""
+        self.sums += other.sums
+
+    def reduce(self, *, data_group: dist.ProcessGroup, pipeline_group: dist.ProcessGroup) -> None:
+        """Add over the ranks that saw other rows, then tell the other pipeline stages.
+
+        Args:
+            data_group: data- and context-parallel ranks.
+            pipeline_group: stages, of which the last has counted.
+        """
+        dist.all_reduce(self.sums, group=data_group)
+        if pipeline_group.size() > 1:
+            last = dist.get_global_rank(pipeline_group, pipeline_group.size() - 1)
+            dist.broadcast(self.sums, src=last, group=pipeline_group)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the loss at step 0: what loss and gradient are divided by."""
+        return int(self.sums[self.num_steps])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that went in, padding left out."""
+        return int(self.sums[-1])
+
+    def means(self) -> Means:
+        """The figures that a user reads."""
+        steps = self.num_steps
+        loss_sums, rows, judged, correct = self.sums[: 4 * steps].view(4, steps)
+        loss, accepted = self.sums[4 * steps : -1].tolist()
+        return Means(
+            loss=loss / max(float(rows[0]), 1.0),
+            loss_by_step=(loss_sums / rows.clamp(min=1)).tolist(),
+            accuracy=(correct / judged.clamp(min=1)).tolist(),
+            simulated_acceptance_length=1.0 + accepted / max(float(judged[0]), 1.0),
+        )
+
+
+@dataclass(frozen=True)
+class Means:
+    """Averages over rows.
+
+    Attributes:
+        loss: sum over steps of decay^k times the loss of its rows, a row of step 0.
+        loss_by_step: mean loss of each TTT step's rows, in nats.
+        accuracy: fraction of each step's rows on which the draft's best token is the base's.
+        simulated_acceptance_length: 1 + accepted tokens of a row, were the data what the base would say.
+    """
+
+    loss: float
+    loss_by_step: list[float]
+    accuracy: list[float]
+    simulated_acceptance_length: float

@@ -1,0 +1,108 @@
+"""Whole runs: interrupted and resumed bit for bit, gradients without numbers, overfitting, megatron-core's schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcore_spec.parallel.layout import Layout
+from tests.parallel.trainer_cases import GLOBAL_BATCH_SIZE, Run
+from tests.pool import RankPool
+from tests.tiny import write_hf_model
+
+CASES = "tests.parallel.trainer_cases"
+RUNS = {
+    "one": (Run(Layout()), 1),
+    "bf16": (Run(Layout(), dtype="bfloat16", options={"bf16": True}), 1),
+    "TP2 PP2+SP": (Run(Layout(tensor=2, pipeline=2, sequence_parallel=True)), 4),
+    "CP2 DP2": (Run(Layout(context=2), has_d2t=False), 4),
+    "DP2, distributed optimizer": (Run(Layout(), options={"use_distributed_optimizer": True}), 2),
+    "TP2 DP2, bf16, distributed optimizer": (
+        Run(Layout(tensor=2), dtype="bfloat16", options={"use_distributed_optimizer": True, "bf16": True}),
+        4,
+    ),
+    "PP2 DP2, distributed optimizer": (Run(Layout(pipeline=2), options={"use_distributed_optimizer": True}), 4),
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf_model(tmp_path_factory.mktemp("base"), "llama", tied=False)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_is_the_run_that_never_stopped(
+    name: str, rank_pool: RankPool, directory: Path, tmp_path: Path
+) -> None:
+    run, world_size = RUNS[name]
+    results = rank_pool.run(
+        f"{CASES}:interrupted_and_not", world_size=world_size, run=run, directory=directory, save=tmp_path
+    )
+    for result in results:
+        assert result["differing"] == []
+        assert result["unmoved"] == []
+        assert result["moved base"] == []
+        progress = result["progress"]
+        assert (progress["iteration"], progress["num_updates"], progress["num_skipped"]) == (6, 6, 0)
+        assert progress["consumed_samples"] == 6 * GLOBAL_BATCH_SIZE
+    whole, parts = results[0]["logs"]
+    assert [line["iteration"] for line in whole] == [2, 4, 6, 6]
+    assert parts == whole
+    assert whole[0]["learning_rate"] == pytest.approx(1e-2)
+    assert len(whole[0]["accuracy"]) == 3
+    assert whole[2]["loss"] < whole[0]["loss"]
+
+
+def test_a_step_without_finite_gradients_changes_nothing(rank_pool: RankPool, directory: Path, tmp_path: Path) -> None:
+    (result,) = rank_pool.run(f"{CASES}:non_finite", world_size=1, directory=directory, save=tmp_path, bad=(2, 3))
+    # Weights behind steps 1..6: steps 2 and 3 (from 0) left them as they were.
+    assert result["same"] == [False, True, True, False, False]
+    assert result["error"] is None
+    assert result["progress"]["num_skipped"] == 2
+    assert result["progress"]["num_updates"] == 4
+    assert result["progress"]["num_skipped_in_a_row"] == 0
+
+
+def test_three_such_steps_in_a_row_end_the_run(rank_pool: RankPool, directory: Path, tmp_path: Path) -> None:
+    (result,) = rank_pool.run(f"{CASES}:non_finite", world_size=1, directory=directory, save=tmp_path, bad=(2, 3, 4))
+    assert result["error"] is not None
+    assert "3 steps in a row" in result["error"]
+    assert "iteration 4 is intact" in result["error"]
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "4"
+
+
+def test_a_few_conversations_are_learnt_by_heart(rank_pool: RankPool, directory: Path, tmp_path: Path) -> None:
+    ((progress, accuracy),) = rank_pool.run(f"{CASES}:overfit", world_size=1, directory=directory, save=tmp_path)
+    assert progress.num_updates == 400
+    assert min(accuracy) > 0.95, accuracy
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [
+        (Layout(), 1),
+        (Layout(), 2),
+        (Layout(tensor=2, sequence_parallel=True), 2),
+        (Layout(context=2), 2),
+    ],
+)
+def test_the_schedule_of_megatron_core_gives_the_same_gradients(
+    layout: Layout, world_size: int, rank_pool: RankPool, directory: Path, tmp_path: Path
+) -> None:
+    results = rank_pool.run(
+        f"{CASES}:schedule_of_megatron", world_size=world_size, layout=layout, directory=directory, save=tmp_path
+    )
+    for result in results:
+        assert result["megatron"].keys() == result["trainer"].keys()
+        for name, gradient in result["trainer"].items():
+            # megatron-core divides by the number of tokens in float32.
+            torch.testing.assert_close(result["megatron"][name], gradient, rtol=2e-7, atol=0)
+    reports = [report for result in results for report in result["report"]]
+    num_context = layout.context * layout.tensor
+    sums = results[0]["sums"]
+    loss = sum(float(report["draft loss"][0]) for report in reports) / (num_context if layout.tensor > 1 else 1)
+    rows = sum(float(report["draft loss"][1]) for report in reports) / (num_context if layout.tensor > 1 else 1)
+    assert rows == float(sums[3])
+    assert loss == pytest.approx(float(sums[12]), rel=1e-12)

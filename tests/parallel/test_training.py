@@ -1,0 +1,136 @@
+"""Loss and gradients of a training step, in every layout, against a reference that loops over rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from mcore_spec.parallel.layout import Layout
+from tests.parallel.training_cases import CASES, DECAY, LENGTHS, NUM_STEPS, documents, drawn_weights
+from tests.pool import RankPool
+from tests.reference.drafts import Shape
+from tests.reference.training import Document, Objective, eagle3_objective
+from tests.tiny import draft_to_target, write_hf_model
+
+# float64 sums in another order; hidden states are of order one, losses of order log(vocabulary).
+TOLERANCE = 1e-9
+
+LAYOUTS = {
+    "one": (Layout(), 1),
+    "TP2": (Layout(tensor=2), 2),
+    "TP2+SP": (Layout(tensor=2, sequence_parallel=True), 2),
+    "PP2": (Layout(pipeline=2), 2),
+    "uneven PP2": (Layout(pipeline=2, last_stage_layers=1), 2),
+    "CP2": (Layout(context=2), 2),
+    "DP2": (Layout(), 2),
+    "TP2 PP2": (Layout(tensor=2, pipeline=2), 4),
+    "TP2 PP2+SP": (Layout(tensor=2, pipeline=2, sequence_parallel=True), 4),
+    "TP2 CP2+SP": (Layout(tensor=2, context=2, sequence_parallel=True), 4),
+    "PP2 CP2": (Layout(pipeline=2, context=2), 4),
+    "PP2 DP2": (Layout(pipeline=2), 4),
+    "CP2 DP2": (Layout(context=2), 4),
+    "TP2 DP2": (Layout(tensor=2), 4),
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf_model(tmp_path_factory.mktemp("base"), "llama", tied=False)
+
+
+class Expected:
+    """What the oracle says about one case."""
+
+    def __init__(self, name: str, inputs: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+        case = CASES[name]
+        self.weights = drawn_weights(shapes)
+        rotary = LlamaRotaryEmbedding(
+            LlamaConfig(
+                hidden_size=16,
+                num_attention_heads=4,
+                head_dim=8,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            )  # fmt: skip
+        )
+        shape = Shape(
+            num_heads=4, num_kv_heads=2, head_dim=8, eps=1e-5, hidden_act="silu", inv_freq=rotary.inv_freq,
+            num_layers=case.architecture.get("num_hidden_layers", 1),
+        )  # fmt: skip
+        cut = [index for part in case.cut for index in part]
+        made = [
+            Document(each.token_ids.tolist(), each.mask.tolist(), *inputs["states"][index])
+            for index, each in enumerate(documents())
+            if index in cut
+        ]
+        d2t = draft_to_target()
+        self.objective: Objective = eagle3_objective(
+            made,
+            self.weights,
+            shape,
+            embedding=inputs["embedding"],
+            head=inputs["head"],
+            num_steps=NUM_STEPS,
+            decay=DECAY,
+            target_ids=(d2t + torch.arange(d2t.shape[0])).tolist() if case.has_d2t else None,
+            hard_labels=case.hard_labels,
+        )
+        self.objective.loss.backward()
+
+
+@pytest.fixture(scope="module")
+def expected(rank_pool: RankPool, directory: Path) -> dict[str, Expected]:
+    (inputs,) = rank_pool.run("tests.parallel.training_cases:reference_inputs", world_size=1, directory=directory)
+    (shapes,) = rank_pool.run("tests.parallel.training_cases:weight_shapes", world_size=1, directory=directory)
+    return {name: Expected(name, inputs, shapes[name]) for name in CASES}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_equal_the_reference(
+    name: str, rank_pool: RankPool, directory: Path, expected: dict[str, Expected]
+) -> None:
+    layout, world_size = LAYOUTS[name]
+    results = rank_pool.run(
+        "tests.parallel.training_cases:gradients", world_size=world_size, layout=layout, directory=directory
+    )
+    assert any(result["whole vocabulary"]["gradients"] for result in results)
+    for rank, result in enumerate(results):
+        for case, wanted in expected.items():
+            _check(f"rank {rank}, {case}", result[case], wanted)
+
+
+def _check(where: str, found: dict[str, Any], wanted: Expected) -> None:
+    objective, steps = wanted.objective, NUM_STEPS
+    sums = found["totals"]
+    assert sums[steps : 2 * steps].tolist() == objective.rows, where
+    assert sums[2 * steps : 3 * steps].tolist() == objective.judged, where
+    assert sums[3 * steps : 4 * steps].tolist() == objective.correct, where
+    assert sums[4 * steps + 1] == objective.accepted, where
+    torch.testing.assert_close(sums[4 * steps] / sums[steps], objective.loss.detach(), rtol=TOLERANCE, atol=0)
+    if found["gradients"] is None:
+        return
+    assert found["gradients"].keys() == wanted.weights.keys(), where
+    for key, gradient in found["gradients"].items():
+        reference = wanted.weights[key].grad
+        assert reference is not None
+        largest = float(reference.abs().max())
+        assert largest > 0, f"{where}: {key} has no gradient"
+        torch.testing.assert_close(
+            gradient,
+            reference,
+            rtol=TOLERANCE,
+            atol=TOLERANCE * largest,
+            msg=lambda text, key=key: f"{where}: {key}: {text}",
+        )
+
+
+def test_the_documents_hold_what_the_cases_need() -> None:
+    """A document of one token, one whose mask is empty, one whose mask is full."""
+    made = documents()
+    assert tuple(len(each.token_ids) for each in made) == LENGTHS
+    assert [bool(each.mask.any()) for each in made].count(False) >= 1
+    assert any(bool(each.mask.all()) and len(each.mask) > 4 for each in made)

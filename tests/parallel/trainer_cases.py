@@ -1,0 +1,267 @@
+"""What the ranks do for `test_trainer.py`: whole runs of the trainer on a tiny base and made-up conversations."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from mcore_spec.checkpoint.store import find_checkpoint, load_checkpoint, make_record
+from mcore_spec.config import TrainingConfig
+from mcore_spec.conversion import convert
+from mcore_spec.data.batch import Batch, DataParallelBatches, Document
+from mcore_spec.data.packing import SampleStream
+from mcore_spec.errors import TrainingError
+from mcore_spec.parallel.layout import Layout, is_rank_zero, num_data_ranks, parallel_runtime
+from mcore_spec.training.log import JsonLinesLogger, Logger
+from mcore_spec.training.megatron_lm import MegatronForwardStep
+from mcore_spec.training.optimizer import DraftOptimizer
+from mcore_spec.training.step import DraftStep
+from mcore_spec.training.trainer import Progress, Trainer, TrainingData
+from tests.parallel.checkpoint_cases import identity
+from tests.tiny import VOCAB_SIZE, draft_to_target, import_base
+
+GLOBAL_BATCH_SIZE = 4
+
+
+class Corpus:
+    """Documents drawn from a seed; all but the first token are the model's."""
+
+    def __init__(self, lengths: tuple[int, ...], *, seed: int = 5) -> None:
+        generator = np.random.default_rng(seed)
+        self.lengths = np.array(lengths)
+        self._documents = [
+            Document(generator.integers(0, VOCAB_SIZE, length), np.arange(length) > 0) for length in lengths
+        ]
+
+    def document(self, index: int) -> Document:
+        return self._documents[index]
+
+
+class Run(NamedTuple):
+    """How a run is made.
+
+    Attributes:
+        layout: of the ranks.
+        dtype: of base and draft.
+        has_d2t: whether the draft vocabulary is reduced.
+        options: of `TrainingConfig`.
+    """
+
+    layout: Layout
+    dtype: str = "float32"
+    has_d2t: bool = True
+    options: dict[str, Any] = {}
+
+
+CORPUS = Corpus((9, 12, 16, 5, 7, 16, 3, 11, 8, 14, 6, 10))
+
+
+def config_of(run: Run, **changes: Any) -> TrainingConfig:
+    values = {
+        "data_path": ("made up",),
+        "train_iters": 6,
+        "seq_length": 16,
+        "lr": 1e-2,
+        "lr_warmup_iters": 2,
+        "log_interval": 2,
+        "weight_decay": 0.1,
+        "split": "1,0,0",
+        **run.options,
+        **changes,
+    }
+    return TrainingConfig.parse(values)
+
+
+def make_data(config: TrainingConfig, corpus: Corpus, model: GPTModel, step: DraftStep) -> TrainingData:
+    def share(num_epochs: int | None) -> DataParallelBatches:
+        stream = SampleStream(
+            corpus,
+            np.arange(len(corpus.lengths)),
+            seq_length=config.seq_length,
+            seed=config.seed,
+            document_multiple=step.document_multiple,
+            num_epochs=num_epochs,
+        )
+        return DataParallelBatches(
+            stream,
+            global_batch_size=GLOBAL_BATCH_SIZE,
+            micro_batch_size=1,
+            data_rank=model.pg_collection.dp.rank(),
+            data_size=model.pg_collection.dp.size(),
+            num_steps=step.num_steps,
+            row_multiple=step.row_multiple,
+        )
+
+    return TrainingData(train=share(None), valid=share(1), num_valid_batches=2, settings={"seed": config.seed})
+
+
+def converted(directory: Path, run: Run) -> GPTModel:
+    model = import_base(directory, run.layout, dtype=run.dtype).model
+    convert(model, "eagle", d2t=draft_to_target() if run.has_d2t else None)
+    return model
+
+
+def trainer_of(model: GPTModel, config: TrainingConfig, save: Path, corpus: Corpus = CORPUS) -> Trainer:
+    assert config.train_iters is not None
+    return Trainer(
+        model,
+        partial(make_data, config, corpus),
+        config,
+        record=make_record(model, identity("llama")),
+        save=save,
+        num_iterations=config.train_iters,
+        global_batch_size=GLOBAL_BATCH_SIZE,
+    )
+
+
+def loggers_of(save: Path, iteration: int = 0) -> list[Logger]:
+    return [JsonLinesLogger(save, iteration=iteration)] if is_rank_zero() else []
+
+
+def weights(model: GPTModel) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def log_without_speed(save: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (save / "train_log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+class _SignalAt:
+    """Batches that ask this process to stop while a given step is made."""
+
+    def __init__(self, batches: Any, *, iteration: int) -> None:
+        self._batches, self._iteration = batches, iteration
+
+    def micro_batches(self, index: int) -> Iterator[Batch]:
+        if index == self._iteration:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self._batches.micro_batches(index)
+
+
+def interrupted_and_not(*, run: Run, directory: Path, save: Path) -> dict[str, Any]:
+    """A run of six steps; and one that one rank is told to end in its third, resumed in a new trainer.
+
+    Returns:
+        What differs between the two, bit for bit, on this rank.
+    """
+    with parallel_runtime(run.layout):
+        config = config_of(run)
+        whole = converted(directory, run)
+        before = weights(whole)
+        trainer_of(whole, config, save / "whole").run(loggers_of(save / "whole"))
+
+        first = trainer_of(converted(directory, run), config, save / "parts")
+        if is_rank_zero():
+            first.data = first.data._replace(train=_SignalAt(first.data.train, iteration=2))
+        progress = first.run(loggers_of(save / "parts"))
+        assert progress.iteration == 3, progress
+
+        checkpoint = find_checkpoint(save / "parts")
+        assert checkpoint.iteration == 3
+        resumed = load_checkpoint(checkpoint, run.layout)
+        second = trainer_of(resumed, config, save / "parts")
+        second.resume(checkpoint)
+        progress = second.run(loggers_of(save / "parts", checkpoint.iteration))
+
+        expected, found = weights(whole), weights(resumed)
+        trained = [name for name, p in whole.named_parameters() if p.requires_grad]
+        return {
+            "differing": [name for name in expected if not torch.equal(expected[name], found[name])],
+            "unmoved": [name for name in trained if torch.equal(expected[name], before[name])],
+            "moved base": [n for n in before if n not in trained and not torch.equal(before[n], expected[n])],
+            "progress": asdict(progress),
+            "logs": [log_without_speed(save / name) for name in ("whole", "parts")] if is_rank_zero() else None,
+        }
+
+
+def non_finite(*, directory: Path, save: Path, bad: tuple[int, ...]) -> dict[str, Any]:
+    """A run in which the gradients of some steps are not finite."""
+    run = Run(Layout())
+    with parallel_runtime(run.layout):
+        model = converted(directory, run)
+        trainer = trainer_of(model, config_of(run, save_interval=1), save)
+        parameter = next(p for p in model.parameters() if p.requires_grad)
+        seen: list[dict[str, Tensor]] = []
+
+        def poison(gradient: Tensor) -> Tensor:
+            is_bad = trainer.progress.iteration in bad
+            return torch.full_like(gradient, float("nan")) if is_bad else gradient
+
+        parameter.register_hook(poison)
+        error, loggers = None, loggers_of(save)
+        try:
+            for _ in range(6):
+                trainer.train_step()
+                trainer.save()
+                seen.append(weights(model))
+        except TrainingError as raised:
+            error = str(raised)
+        for logger in loggers:
+            logger.close()
+        same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(seen, seen[1:], strict=False)]
+        return {"same": same, "progress": asdict(trainer.progress), "error": error}
+
+
+def overfit(*, directory: Path, save: Path) -> tuple[Progress, list[float]]:
+    """Accuracy by step after many steps on a few conversations."""
+    run = Run(Layout(), has_d2t=False)
+    corpus = Corpus((12, 10, 14, 9))
+    with parallel_runtime(run.layout):
+        model = import_base(directory, run.layout, dtype=run.dtype).model
+        convert(model, [("eagle", {"eagle_architecture_config": {"intermediate_size": 128}})])
+        config = config_of(run, train_iters=400, lr=1e-2, min_lr=1e-4, weight_decay=0.0, clip_grad=1.0)
+        trainer = trainer_of(model, config, save, corpus)
+        for _ in range(400):
+            trainer.train_step()
+        means = trainer.evaluate()
+        assert means is not None
+        return trainer.progress, means.accuracy
+
+
+def schedule_of_megatron(*, layout: Layout, directory: Path, save: Path) -> dict[str, Any]:
+    """Gradients by megatron-core's own schedule and finaliser, and by the trainer; the report of the first."""
+    from megatron.core.distributed import finalize_model_grads
+
+    run = Run(layout, dtype="float64", has_d2t=False)
+    with parallel_runtime(layout):
+        config = config_of(run)
+        found = []
+        for is_megatron in (True, False):
+            model = converted(directory, run)
+            if is_megatron:
+                forward_step = MegatronForwardStep(model)
+                optimizer = DraftOptimizer(model, config, num_iterations=6)
+                optimizer.zero_grad()
+                batches = list(make_data(config, CORPUS, model, forward_step.step).train.micro_batches(0))
+                assert len(batches) == GLOBAL_BATCH_SIZE // num_data_ranks(layout)
+                model.config.finalize_model_grads_func = finalize_model_grads
+                report = get_forward_backward_func()(
+                    forward_step_func=forward_step,
+                    data_iterator=iter(batches),
+                    model=[optimizer.ddp],
+                    num_microbatches=len(batches),
+                    seq_length=16,
+                    micro_batch_size=1,
+                    forward_only=False,
+                )
+            else:
+                trainer = trainer_of(model, config, save)
+                trainer.optimizer.zero_grad()
+                totals = trainer._accumulate(trainer.data.train, 0, with_grad=True)
+                trainer.optimizer.reduce_gradients(num_rows=totals.num_rows)
+                sums = totals.sums
+            found.append({name: p.main_grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+        return {"megatron": found[0], "trainer": found[1], "report": report, "sums": sums}

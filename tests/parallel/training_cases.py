@@ -1,0 +1,191 @@
+"""What the ranks do for `test_training.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from mcore_spec.bases.megatron import MegatronBase
+from mcore_spec.config import TrainingConfig
+from mcore_spec.conversion import convert
+from mcore_spec.data.batch import Batch, Document, make_batch
+from mcore_spec.parallel.layout import Layout, parallel_runtime
+from mcore_spec.parallel.sharding import Shard, gather_whole, sharded_tensors
+from mcore_spec.training.optimizer import DraftOptimizer
+from mcore_spec.training.step import DraftStep
+from mcore_spec.training.totals import Totals
+from tests.tiny import VOCAB_SIZE, draft_to_target, drawn, fill, import_base
+
+NUM_STEPS = 3
+DECAY = 0.7
+# In the reduced draft vocabulary too.
+FAVOURITE = 3
+
+
+class Case(NamedTuple):
+    """A draft and how the documents of one optimizer step are cut.
+
+    Attributes:
+        architecture: of the draft.
+        has_d2t: whether its vocabulary is reduced.
+        hard_labels: the data's next token instead of the base's distribution.
+        cut: documents of each micro-batch, in order; shared out over the data-parallel ranks in turn.
+        recompute: activations of each TTT step.
+    """
+
+    architecture: dict[str, Any]
+    has_d2t: bool = False
+    hard_labels: bool = False
+    cut: tuple[tuple[int, ...], ...] = ((0, 1, 2), (3, 4), (5,), (6,))
+    recompute: bool = False
+
+
+CASES = {
+    "whole vocabulary": Case({}),
+    "reduced vocabulary": Case({"num_hidden_layers": 2, "fc_norm": True}, has_d2t=True),
+    "hard labels": Case({"has_lm_head": True}, hard_labels=True),
+    "reduced, hard labels": Case({"norm_before_fc": True}, has_d2t=True, hard_labels=True),
+    "one row": Case({}, cut=((0, 1, 2, 3, 4, 5, 6), ()), has_d2t=True),
+    "one document each": Case({}, cut=((6,), (5,), (4,), (3,), (2,), (1,), (0,), ())),
+    "recompute": Case({}, recompute=True),
+}
+LENGTHS = (9, 2, 14, 1, 7, 12, 5)
+
+
+def documents() -> list[Document]:
+    """Tokens and masks: an ordinary one, a mask that is all empty, all set, or has gaps."""
+    generator = torch.Generator().manual_seed(11)
+    made = []
+    for number, length in enumerate(LENGTHS):
+        tokens = torch.randint(VOCAB_SIZE, (length,), generator=generator)
+        mask = torch.rand(length, generator=generator) < 0.7
+        if number == 4:
+            mask[:] = False
+        if number == 5:
+            mask[:] = True
+        made.append(Document(tokens.numpy(), mask.numpy()))
+    return made
+
+
+def converted(directory: Path, layout: Layout, case: Case) -> GPTModel:
+    model = import_base(directory, layout).model
+    _favour_a_token(MegatronBase(model))
+    config = {
+        "eagle_ttt_steps": NUM_STEPS,
+        "eagle_loss_decay_factor": DECAY,
+        "eagle_self_logit_distillation": not case.hard_labels,
+        "eagle_architecture_config": case.architecture,
+    }
+    convert(model, [("eagle", config)], d2t=draft_to_target() if case.has_d2t else None)
+    base = MegatronBase(model)
+    draft = base.draft()
+    if draft is not None:
+        fill(draft, base.tp)
+    return model
+
+
+@torch.no_grad()
+def _favour_a_token(base: MegatronBase) -> None:
+    """Make one token likely for base and draft, or a draft that is not trained would never be right."""
+    if base.is_last_stage:
+        weight = base.head_weight()
+        row = FAVOURITE - base.tp.rank * weight.shape[0]
+        if 0 <= row < weight.shape[0]:
+            weight[row] *= 8
+
+
+def batches(model: GPTModel, step: DraftStep, case: Case) -> Iterator[Batch]:
+    """This data-parallel rank's micro-batches; an empty cut is a batch of one document that counts nothing."""
+    every, groups = documents(), model.pg_collection
+    empty = Document(every[4].token_ids, every[4].mask)
+    for number, cut in enumerate(case.cut):
+        if number % groups.dp.size() != groups.dp.rank():
+            continue
+        yield make_batch(
+            [every[index] for index in cut] or [empty],
+            num_steps=NUM_STEPS,
+            document_multiple=step.document_multiple,
+            row_multiple=step.row_multiple,
+            num_samples=1,
+            pad_to=None,
+        )
+
+
+def gradients(*, layout: Layout, directory: Path) -> dict[str, dict[str, Any]]:
+    """Each case: the reduced totals, and every whole gradient where the draft lives."""
+    found = {}
+    with parallel_runtime(layout):
+        for name, case in CASES.items():
+            model = converted(directory, layout, case)
+            before = checksum(model)
+            step = DraftStep(model, recompute=case.recompute)
+            optimizer = DraftOptimizer(model, TrainingConfig(data_path=("x",), train_iters=1), num_iterations=1)
+            optimizer.zero_grad()
+            totals = Totals.zeros(NUM_STEPS, device=torch.device("cpu"))
+            for batch in batches(model, step, case):
+                output = step(batch)
+                if output is not None:
+                    output.loss.backward()
+                    is_counted = model.pg_collection.cp.rank() == 0
+                    totals.add(output, num_tokens=batch.num_tokens if is_counted else 0)
+            totals.reduce(data_group=model.pg_collection.dp_cp, pipeline_group=model.pg_collection.pp)
+            optimizer.reduce_gradients(num_rows=totals.num_rows)
+            assert checksum(model) == before, "the base moved"
+            found[name] = {"totals": totals.sums, "gradients": whole_gradients(model)}
+    return found
+
+
+def checksum(model: GPTModel) -> dict[str, float]:
+    return {name: float(p.double().sum()) for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def whole_gradients(model: GPTModel) -> dict[str, Tensor] | None:
+    draft = MegatronBase(model).draft()
+    if draft is None:
+        return None
+    return {
+        entry.name: gather_whole(entry.tensor.main_grad, entry.shard, draft.tp)
+        for entry in sharded_tensors(draft)
+        if entry.tensor.requires_grad
+    }
+
+
+def reference_inputs(*, directory: Path) -> dict[str, Any]:
+    """What the oracle needs of the base: hidden states of each document alone, embedding and head."""
+    layout = Layout()
+    with parallel_runtime(layout):
+        model = converted(directory, layout, CASES["whole vocabulary"])
+        base = MegatronBase(model)
+        step = DraftStep(model)
+        states = []
+        for document in documents():
+            features = base.features(torch.from_numpy(document.token_ids)[None], aux_layer_ids=step.aux_layer_ids)
+            assert features is not None
+            assert features.aux is not None
+            states.append((features.aux[:, 0], features.last[:, 0]))
+        return {
+            "states": states,
+            "embedding": gather_whole(base.embedding_weight(), Shard(0, VOCAB_SIZE), base.tp),
+            "head": gather_whole(base.head_weight(), Shard(0, VOCAB_SIZE), base.tp),
+        }
+
+
+def weight_shapes(*, directory: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Each case's trainable tensors."""
+    layout = Layout()
+    with parallel_runtime(layout):
+        found = {}
+        for name, case in CASES.items():
+            draft = MegatronBase(converted(directory, layout, case)).draft()
+            assert draft is not None
+            found[name] = {key: tuple(p.shape) for key, p in draft.named_parameters()}
+        return found
+
+
+def drawn_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    return {name: drawn(name, shape).requires_grad_() for name, shape in shapes.items()}
