@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# EAGLE-3 training steps side by side on this machine's processor: this package, ModelOpt, speculators.
+# From nothing: environments, base model, inputs, one process a case and contender, table.
+set -euo pipefail
+
+CASES="t1024-k3 t1024-k7 t2048-k3 t2048-k7 t1024-k3-v8192-m60 t1024-k7-v8192-m60 t2048-k3-v8192-m60 t2048-k7-v8192-m60"
+CHECK_CASES="t256-k3 t256-k3-v8192-m60"
+MODELOPT="nvidia-modelopt[hf]==0.47.0"
+SPECULATORS="speculators==0.9.0"
+LIMIT_S=7200
+
+usage() {
+    cat <<TEXT
+usage: tools/benchmark/eagle3_step.sh [--check] [--cases "NAME ..."] [--contenders "NAME ..."] [--warmup N]
+                                      [--repeats N] [--threads N] [--work-dir DIR] [--append]
+
+  --check        short cases with gradients: do all contenders compute what the reference does? Minutes.
+  --cases        t1024-k3: 1 x 1024 tokens, 3 steps; -v8192: a draft vocabulary; -m60: 60 % of the tokens in the mask
+                 (default: $CASES)
+  --contenders   of ours modelopt speculators, in this order (default: all)
+  --warmup       steps before the clock (default: 1)
+  --repeats      measured steps (default: 3)
+  --threads      (default: 2)
+  --work-dir     base, inputs, logs and results.jsonl (default: bench_out in the repository)
+  --append       keep the lines of earlier runs; of one contender and case the last counts
+
+Settings: MCORE_SPEC_BENCH_ENVS   directory of the peers' environments (default: .venv-bench in the repository)
+          MCORE_SPEC_VENV, PYTHON  as for tools/quickstart.sh
+TEXT
+}
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+cases="$CASES" contenders="ours modelopt speculators" warmup=1 repeats=3 threads=2 append="" gradients=""
+work_dir="$here/../../bench_out"
+while (($#)); do
+    case "$1" in
+        --check)
+            cases="$CHECK_CASES" gradients="--gradients"
+            shift
+            ;;
+        --append)
+            append=yes
+            shift
+            ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        --cases | --contenders | --warmup | --repeats | --threads | --work-dir)
+            if [[ -z "${2:-}" ]]; then
+                echo "error: $1 needs a value" >&2
+                usage >&2
+                exit 2
+            fi
+            name="${1#--}"
+            printf -v "${name//-/_}" '%s' "$2"
+            shift 2
+            ;;
+        *)
+            echo "error: unknown argument: $1" >&2
+            usage >&2
+            exit 2
+            ;;
+    esac
+done
+for contender in $contenders; do
+    if [[ ! "$contender" =~ ^(ours|modelopt|speculators)$ ]]; then
+        echo "error: --contenders $contender is none of ours, modelopt, speculators" >&2
+        exit 2
+    fi
+done
+mkdir -p "$work_dir/logs"
+work_dir="$(cd "$work_dir" && pwd)"
+
+source "$here/../environment.sh"
+cd "$REPOSITORY"
+envs="${MCORE_SPEC_BENCH_ENVS:-$REPOSITORY/.venv-bench}"
+
+# An environment with one peer, which wants other versions than this package: NAME REQUIREMENT.
+prepare_peer() {
+    local venv="$envs/$1" requirement="$2" torch package
+    package="${requirement%%[\[=]*}"
+    if [[ ! -x "$venv/bin/python" ]]; then
+        say "creating $venv"
+        "$(find_python)" -m venv "$venv"
+    fi
+    if [[ "$("$venv/bin/python" -c "from importlib.metadata import version; print(version('$package'))" 2>/dev/null)" \
+        != "${requirement##*==}" ]]; then
+        # torch first and by name, so that the peer's requirements choose no other build.
+        torch="$(grep -E '^torch==' "$REPOSITORY/constraints.txt")"
+        say "installing $torch and $requirement"
+        "$venv/bin/python" -m pip install --quiet "$torch"
+        "$venv/bin/python" -m pip install --quiet "$torch" "$requirement"
+    fi
+}
+
+python_of() {
+    if [[ "$1" == ours || "$1" == reference ]]; then
+        printf '%s\n' "$VENV/bin/python"
+    else
+        printf '%s\n' "$envs/$1/bin/python"
+    fi
+}
+
+# One fresh process: CONTENDER MODULE CASE [FLAG ...]. Its last line joins the results; a failure is a line too, and
+# the run goes on. Where memory ends it is this process that stops: its allocations are limited to what is
+# free at its start, and should that not do, the kernel takes it first.
+measure() {
+    local contender="$1" module="$2" name="$3" log status=0 free_kib
+    shift 3
+    log="$work_dir/logs/$name.$contender"
+    free_kib="$(awk '/^MemAvailable:/ {print int($2 * 0.95)}' /proc/meminfo)"
+    say "$name: $contender"
+    (
+        ulimit -d "$free_kib"
+        echo 1000 >/proc/self/oom_score_adj
+        exec timeout "$LIMIT_S" "$(python_of "$contender")" -m "tools.benchmark.$module" \
+            --base "$work_dir/base" --work-dir "$work_dir" --threads "$threads" "$@" "$name"
+    ) >"$log.out" 2>"$log.err" || status=$?
+    if ((status == 0)); then
+        tail -n 1 "$log.out" >>"$results"
+    else
+        tail -n 3 "$log.err" >&2
+        printf '{"contender": "%s", "case": "%s", "failed": "exit code %d"}\n' "$contender" "$name" "$status" >>"$results"
+    fi
+}
+
+prepare_environment demo
+install_demo_weights
+for contender in $contenders; do
+    case "$contender" in
+        modelopt) prepare_peer modelopt "$MODELOPT" ;;
+        speculators) prepare_peer speculators "$SPECULATORS" ;;
+    esac
+done
+
+# One directory on the path for three environments; no network, no device, and no more threads than measured.
+export PYTHONPATH="$REPOSITORY" HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS="$threads" \
+    MKL_NUM_THREADS="$threads"
+results="$work_dir/results.jsonl"
+if [[ -z "$append" ]]; then
+    : >"$results"
+fi
+python tools/demo_model.py --output "$work_dir/base"
+# shellcheck disable=SC2086 # a list of names
+python -m tools.benchmark.prepare --base "$work_dir/base" --work-dir "$work_dir" $cases
+for name in $cases; do
+    measure reference reference "$name" $gradients
+    for contender in $contenders; do
+        module="peer_$contender"
+        if [[ "$contender" == ours ]]; then
+            module=ours
+        fi
+        measure "$contender" "$module" "$name" --warmup "$warmup" --repeats "$repeats"
+    done
+done
+python -m tools.benchmark.table "$results"
