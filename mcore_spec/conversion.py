@@ -1,21 +1,18 @@
-"""Attaching a draft to a base: the registry of algorithms, and `convert`."""
+"""Attaching a draft to a base: what an algorithm is, and `convert`."""
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from mcore_spec.bases.megatron import MegatronBase
-from mcore_spec.config import BaseArchitecture, EagleConfig, MedusaConfig, StrictConfig
+from mcore_spec.config import ALGORITHMS, BaseArchitecture, DraftInit, StrictConfig, suggest
 from mcore_spec.drafts.draft import Draft
-from mcore_spec.drafts.eagle1 import Eagle1Draft
-from mcore_spec.drafts.eagle3 import Eagle3Draft
-from mcore_spec.drafts.medusa import MedusaDraft
-from mcore_spec.drafts.mtp import MTPDraft
-from mcore_spec.drafts.resolve import resolve_eagle
 from mcore_spec.drafts.vocab_map import check_draft_to_target
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.parallel.tensor_parallel import Placement
@@ -23,49 +20,95 @@ from mcore_spec.parallel.tensor_parallel import Placement
 # The ways to name a mode: "medusa"; [("eagle", {...})]; a preset, {"algorithm": "eagle", "config": {...}}, or the
 # configuration in it alone.
 Mode: TypeAlias = str | Mapping[str, Any] | Sequence[tuple[str, Mapping[str, Any] | StrictConfig]]
-Resolve: TypeAlias = Callable[[Any, BaseArchitecture], Any]
-Build: TypeAlias = Callable[..., Draft]
+Resolve: TypeAlias = Callable[[Any, BaseArchitecture, Tensor | None], Any]
 
 
-class Algorithm(NamedTuple):
-    """What the registry knows about one algorithm.
+class ConfigFile(NamedTuple):
+    """A configuration in a file of the user's.
+
+    Attributes:
+        values: what it holds; empty where there is none.
+        where: what to call it in errors.
+    """
+
+    values: Mapping[str, Any]
+    where: str
+
+
+def resolve_as_given(config: Any, _base: BaseArchitecture, d2t: Tensor | None) -> Any:
+    """For drafts that take nothing from the base but its sizes, and speak its whole vocabulary.
+
+    Raises:
+        ConfigError: a draft vocabulary.
+    """
+    if d2t is not None:
+        raise ConfigError(
+            f"d2t is given, but the draft of a {type(config).__name__} speaks the base's whole vocabulary: "
+            "leave it (--draft-vocab-cache) out"
+        )
+    return config
+
+
+def _always(_config: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """All that the package must know of one algorithm. A file of its own states it; `config.ALGORITHMS` names that.
+
+    What concerns the module alone (its label, what it reads, what it copies from the base) its class says, see
+    `Draft`.
 
     Attributes:
         config_class: what a user writes.
         child_name: attribute of the model that the draft becomes.
-        resolve: fills in what the base decides.
-        build: the draft module from a resolved configuration.
+        build: ``build(config, base, place=...)``, the draft from a resolved configuration.
+        plan: ``plan(draft, record, export_format)``, an `export.plan.ExportPlan`.
+        resolve: ``resolve(config, base, d2t)``, the configuration with what the base and the draft vocabulary
+            decide; refuses what would convert but not serve.
+        configure: ``configure(flags, file)``, the configuration from the command line: the algorithm's own flags
+            by field name, those left open not among them, and the file. ``None``: the file alone.
+        freezes_base: whether the base's weights stay as they are.
     """
 
     config_class: type[StrictConfig]
     child_name: str
-    resolve: Resolve
-    build: Build
+    build: Callable[..., Draft]
+    plan: Callable[..., Any]
+    resolve: Resolve = resolve_as_given
+    configure: Callable[[Mapping[str, Any], ConfigFile], StrictConfig] | None = None
+    freezes_base: Callable[[Any], bool] = _always
 
 
-def _build_eagle(config: EagleConfig, base: BaseArchitecture, *, place: Placement) -> Draft:
-    drafts: dict[str, Build] = {"eagle1": Eagle1Draft, "eagle3": Eagle3Draft, "eagle-mtp": MTPDraft}
-    return drafts[config.algorithm](config, base, place=place)
+def find_algorithm(name: str) -> Algorithm:
+    """The algorithm of this name, imported if need be.
 
-
-ALGORITHMS: dict[str, Algorithm] = {
-    "eagle": Algorithm(EagleConfig, "eagle_module", resolve_eagle, _build_eagle),
-    "medusa": Algorithm(MedusaConfig, "medusa_heads", lambda config, _base: config, MedusaDraft),
-}
+    Raises:
+        ConfigError: no line of the registry has this name.
+    """
+    if not isinstance(name, str) or name not in ALGORITHMS:
+        known = list(ALGORITHMS)
+        hint = suggest(str(name), known, otherwise=f"choose one of {', '.join(known)}")
+        raise ConfigError(f"algorithm {name!r} is not known; {hint}")
+    algorithm = pkgutil.resolve_name(ALGORITHMS[name].target)
+    assert isinstance(algorithm, Algorithm), ALGORITHMS[name].target
+    return algorithm
 
 
 class Conversion(nn.Module):
     """The record of a conversion, a child of the model on every stage; it has no tensors."""
 
-    def __init__(self, algorithm: str, config: StrictConfig) -> None:
+    def __init__(self, algorithm: str, config: StrictConfig, draft_class: type[Draft]) -> None:
         """Take the record.
 
         Args:
-            algorithm: a key of `ALGORITHMS`.
+            algorithm: a name in the registry.
             config: resolved against the base.
+            draft_class: of the module on the last stage.
         """
         super().__init__()
-        self.algorithm, self.config = algorithm, config
+        self.algorithm, self.config, self.draft_class = algorithm, config, draft_class
 
     def extra_repr(self) -> str:
         """The algorithm and every field."""
@@ -79,9 +122,7 @@ def parse_mode(mode: Mode) -> tuple[str, StrictConfig]:
         ConfigError: not one of the forms, an unknown algorithm, or a configuration that does not validate.
     """
     name, values = _name_and_values(mode)
-    if name not in ALGORITHMS:
-        raise ConfigError(f"algorithm {name!r} is not known; choose one of {', '.join(ALGORITHMS)}")
-    config_class = ALGORITHMS[name].config_class
+    config_class = find_algorithm(name).config_class
     if isinstance(values, StrictConfig):
         if not isinstance(values, config_class):
             raise ConfigError(f"algorithm {name!r} takes a {config_class.__name__}, got {type(values).__name__}")
@@ -95,7 +136,7 @@ def _name_and_values(mode: Mode) -> tuple[str, Mapping[str, Any] | StrictConfig]
     if isinstance(mode, Mapping) and set(mode) == {"algorithm", "config"}:
         return mode["algorithm"], mode["config"]
     if isinstance(mode, Mapping):
-        fitting = [name for name, known in ALGORITHMS.items() if mode.keys() & known.config_class.model_fields.keys()]
+        fitting = [name for name in ALGORITHMS if mode.keys() & find_algorithm(name).config_class.model_fields.keys()]
         if len(fitting) == 1:
             return fitting[0], mode
     elif isinstance(mode, list | tuple) and len(mode) == 1 and len(mode[0]) == 2:
@@ -112,7 +153,14 @@ def conversion_of(model: nn.Module) -> Conversion | None:
     return records[0] if records else None
 
 
-def convert(model: nn.Module, mode: Mode, *, d2t: Tensor | None = None, seed: int = 1234) -> nn.Module:
+def convert(
+    model: nn.Module,
+    mode: Mode,
+    *,
+    d2t: Tensor | None = None,
+    seed: int = 1234,
+    draft_init: DraftInit = "random",
+) -> nn.Module:
     """Attach a draft to `model`, in place, and freeze the base.
 
     The draft becomes ``model.eagle_module`` or ``model.medusa_heads``, on the last pipeline stage. Every rank of
@@ -124,6 +172,7 @@ def convert(model: nn.Module, mode: Mode, *, d2t: Tensor | None = None, seed: in
         d2t: draft vocabulary, int64 [draft vocabulary] with target id = i + d2t[i]; needed where the draft
             vocabulary is smaller than the base's.
         seed: of the initial weights; they do not depend on the parallel layout.
+        draft_init: ``"random"``, or ``"base"``: EAGLE-3's first layer starts as the base's last one.
 
     Returns:
         The same object.
@@ -136,10 +185,12 @@ def convert(model: nn.Module, mode: Mode, *, d2t: Tensor | None = None, seed: in
     base = _as_base(model)
     if d2t is not None:
         d2t = check_draft_to_target(d2t, vocab_size=base.architecture.vocab_size, where="d2t")
-    config = ALGORITHMS[name].resolve(with_draft_vocabulary(config, d2t), base.architecture)
-    check_convertible(config, d2t)
+    config = find_algorithm(name).resolve(config, base.architecture, d2t)
     draft = attach(base, name, config)
-    _copy_base_weights(base, draft, config, d2t=d2t, seed=seed)
+    if draft is not None:
+        _fill_draft(draft, base, d2t=d2t, seed=seed, draft_init=draft_init)
+    if reads_tokens(model):
+        base.copy_embedding_to_last_stage()
     return model
 
 
@@ -148,7 +199,7 @@ def attach(base: MegatronBase, algorithm: str, config: StrictConfig) -> Draft | 
 
     Args:
         base: without a draft.
-        algorithm: a key of `ALGORITHMS`.
+        algorithm: a name in the registry.
         config: resolved.
 
     Returns:
@@ -160,61 +211,25 @@ def attach(base: MegatronBase, algorithm: str, config: StrictConfig) -> Draft | 
     existing = conversion_of(base.model)
     if existing is not None:
         raise ConfigError(f"the model has a draft already ({existing.algorithm}); convert the base it was made from")
-    record = ALGORITHMS[algorithm]
+    record = find_algorithm(algorithm)
     place = Placement(tp=base.tp, device=torch.device("meta"))
     if base.is_last_stage:
         place = Placement(tp=base.tp, dtype=base.head_weight().dtype, device=base.head_weight().device)
     # Every stage builds it, the others without memory: what does not fit is refused on every rank, where the
     # last stage alone would leave the others waiting for it.
-    draft: Draft | None = record.build(config, base.architecture, place=place)
-    if not base.is_last_stage:
-        draft = None
-    base.model.add_module("draft_conversion", Conversion(algorithm, config))
-    if draft is not None:
+    draft = record.build(config, base.architecture, place=place)
+    base.model.add_module("draft_conversion", Conversion(algorithm, config, type(draft)))
+    if base.is_last_stage:
         base.model.add_module(record.child_name, draft)
-    if not isinstance(config, EagleConfig) or config.eagle_freeze_base_model:
+    if record.freezes_base(config):
         base.freeze()
-    return draft
+    return draft if base.is_last_stage else None
 
 
-def with_draft_vocabulary(config: StrictConfig, d2t: Tensor | None) -> StrictConfig:
-    """Take the draft vocabulary's size from `d2t` where the configuration leaves it open.
-
-    Raises:
-        ConfigError: the configuration says another size.
-    """
-    if d2t is None:
-        return config
-    if not isinstance(config, EagleConfig):
-        raise ConfigError("d2t is for EAGLE-3: other drafts speak the base's whole vocabulary")
-    architecture = config.eagle_architecture_config
-    given, size = architecture.draft_vocab_size, int(d2t.shape[0])
-    if given not in (None, size):
-        raise ConfigError(f"draft_vocab_size = {given} but d2t has {size} entries; make the two agree")
-    architecture = architecture.model_copy(update={"draft_vocab_size": size})
-    return config.model_copy(update={"eagle_architecture_config": architecture})
-
-
-def check_convertible(config: StrictConfig, d2t: Tensor | None) -> None:
-    """Refuse what would convert but not serve.
-
-    Raises:
-        ConfigError: a reduced draft vocabulary without its mapping.
-        UnsupportedError: an option whose training is not built.
-    """
-    if not isinstance(config, EagleConfig):
-        return
-    architecture = config.eagle_architecture_config
-    assert architecture.draft_vocab_size is not None
-    assert architecture.vocab_size is not None
-    if architecture.draft_vocab_size < architecture.vocab_size and d2t is None:
-        raise ConfigError(
-            f"draft_vocab_size = {architecture.draft_vocab_size} is smaller than the base's vocabulary of "
-            f"{architecture.vocab_size}: give the mapping d2t (--draft-vocab-cache), or an engine would "
-            "propose the first ids"
-        )
-    if config.eagle_offline:
-        raise UnsupportedError("eagle_offline = true: training from stored hidden states is not built yet")
+def reads_tokens(model: nn.Module) -> bool:
+    """Whether the model has a draft that needs the base's embedding on the last stage; the same on every stage."""
+    conversion = conversion_of(model)
+    return conversion is not None and conversion.draft_class.reads_tokens
 
 
 def _as_base(model: nn.Module) -> MegatronBase:
@@ -226,21 +241,20 @@ def _as_base(model: nn.Module) -> MegatronBase:
 
 
 @torch.no_grad()
-def _copy_base_weights(
-    base: MegatronBase, draft: Draft | None, config: StrictConfig, *, d2t: Tensor | None, seed: int
-) -> None:
-    if draft is not None:
-        draft.init_weights(seed=seed)
-        if isinstance(draft, Eagle3Draft) and draft.has_reduced_vocabulary:
-            assert d2t is not None
-            draft.d2t.copy_(d2t)
-        heads = draft.own_heads()
-        if heads:
-            first, num_rows = heads[0].first_row, heads[0].num_valid_rows()
-            rows = base.head_rows(draft.head_token_ids(), first=first, stop=first + num_rows)
-            for head in heads:
-                head.load_rows(rows)
-        if isinstance(config, EagleConfig) and config.eagle_reuse_base_decoder:
-            draft.get_submodule("layers.0").load_state_dict(base.last_layer_weights())
-    if isinstance(config, EagleConfig):
-        base.copy_embedding_to_last_stage()
+def _fill_draft(draft: Draft, base: MegatronBase, *, d2t: Tensor | None, seed: int, draft_init: DraftInit) -> None:
+    """Initial weights; what the draft takes from the base replaces what was drawn."""
+    draft.init_weights(seed=seed)
+    draft.scale_logits(base.head_row_norm())
+    if d2t is not None:
+        draft.set_draft_vocabulary(d2t)
+    heads = draft.own_heads()
+    if heads:
+        first, num_rows = heads[0].first_row, heads[0].num_valid_rows()
+        rows = base.head_rows(draft.head_token_ids(), first=first, stop=first + num_rows)
+        for head in heads:
+            head.load_rows(rows)
+    layer = draft.layer_of_base()
+    if layer is not None:
+        layer.load_state_dict(base.last_layer_weights())
+    if draft_init == "base":
+        draft.warm_start(base.last_layer_weights(), base.final_norm_weight())

@@ -33,6 +33,8 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("conversion",),
     ("weights", "checkpoint"),
     ("export", "evaluation"),
+    # Where the rooms meet; the others reach it through `config.ALGORITHMS` alone.
+    ("algorithms",),
     ("training",),
     ("cli",),
 )

@@ -41,10 +41,11 @@ class ConversionRecord(StrictConfig):
 
 
 class CheckpointRecord(StrictConfig):
-    """What the weights are."""
+    """What the weights are, and in a run that can be resumed, where it is."""
 
     format_version: int = FORMAT_VERSION
     base: BaseArchitecture
     identity: BaseIdentity
     conversion: ConversionRecord | None
     packages: dict[str, str]
+    training: dict[str, Any] | None = None

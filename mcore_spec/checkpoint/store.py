@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,11 +35,11 @@ from mcore_spec.checkpoint.record import (
     ConversionRecord,
     storage_reason,
 )
-from mcore_spec.checkpoint.writer import InProcessSaveStrategy
-from mcore_spec.config import BaseArchitecture, BaseIdentity, EagleConfig
-from mcore_spec.conversion import ALGORITHMS, attach, conversion_of
+from mcore_spec.checkpoint.writer import write_state
+from mcore_spec.config import BaseArchitecture, BaseIdentity, StrictConfig
+from mcore_spec.conversion import attach, conversion_of, find_algorithm, reads_tokens
 from mcore_spec.errors import CheckpointError, ConfigError
-from mcore_spec.parallel.layout import Layout, barrier, run_on_rank_zero
+from mcore_spec.parallel.layout import Layout, run_on_rank_zero
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RECORD = "mcore_spec.json"
@@ -113,7 +113,7 @@ def read_record(path: Path) -> CheckpointRecord:
     try:
         return CheckpointRecord.parse(values, where=str(file))
     except ConfigError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(str(error)) from None
 
 
 def make_record(model: GPTModel, identity: BaseIdentity) -> CheckpointRecord:
@@ -135,6 +135,7 @@ def save_checkpoint(
     *,
     iteration: int | None = None,
     tokenizer_files: Iterable[Path] = (),
+    optimizer_state: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write one iteration; all ranks take part.
 
@@ -144,6 +145,7 @@ def save_checkpoint(
         record: what the weights are.
         iteration: its number; ``None`` for the one after the newest.
         tokenizer_files: copied beside the weights.
+        optimizer_state: sharded tensors of a run that is to be resumed, by name.
 
     Returns:
         The directory of the iteration.
@@ -153,10 +155,11 @@ def save_checkpoint(
     """
     root, files = Path(directory), list(tokenizer_files)
     number, partial = run_on_rank_zero(lambda: _begin(root, record, iteration))
-    state = {**_model_state(model), **megatron_lm_common(record.base, number)}
+    state = {"model": model_state(model), **megatron_lm_common(record.base, number)}
+    if optimizer_state is not None:
+        state["optimizer"] = dict(optimizer_state)
     try:
-        dist_checkpointing.save(state, str(partial), InProcessSaveStrategy())
-        barrier()
+        write_state(state, partial)
         return run_on_rank_zero(lambda: _publish(root, partial, number, record, files))
     except STORAGE_ERRORS as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -174,13 +177,16 @@ def check_save_directory(directory: Path, identity: BaseIdentity) -> None:
         OSError: it cannot be created or written to.
     """
     created = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    # One name for all: what a killed process left is removed by the next.
-    probe = directory / ".write-probe"
-    probe.touch()
-    probe.unlink(missing_ok=True)
-    for path in created:
-        path.rmdir()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # One name for all: what a killed process left is removed by the next.
+        probe = directory / ".write-probe"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    finally:
+        for path in created:
+            if path.is_dir():
+                path.rmdir()
     if (directory / TRACKER).exists():
         existing = find_checkpoint(directory).record.identity
         if existing.fingerprint != identity.fingerprint:
@@ -217,15 +223,14 @@ def _publish(
     (partial / TOKENIZER).mkdir()
     for file in tokenizer_files:
         shutil.copy2(file, partial / TOKENIZER / file.name)
-    for path in (partial / RECORD, *(partial / TOKENIZER).iterdir(), partial / TOKENIZER, partial):
+    # Written before the iteration gets its name: behind that nothing needs space any more.
+    (partial / TRACKER).write_text(str(iteration))
+    for path in (*partial.rglob("*"), partial):
         _sync(path)
     final = directory / _iteration_name(iteration)
     partial.rename(final)
     _sync(directory)
-    temporary = directory / f".{TRACKER}"
-    temporary.write_text(str(iteration))
-    _sync(temporary)
-    temporary.replace(directory / TRACKER)
+    (final / TRACKER).replace(directory / TRACKER)
     _sync(directory)
     return final
 
@@ -263,22 +268,52 @@ def restore(model: GPTModel, checkpoint: Checkpoint) -> None:
     _check_same_base(describe(model), record)
     base = MegatronBase(model)
     if record.conversion is not None:
-        algorithm = ALGORITHMS[record.conversion.algorithm]
-        where = f"{checkpoint.path / RECORD}: conversion"
-        config = algorithm.config_class.parse(record.conversion.config, where=where)
-        attach(base, record.conversion.algorithm, config)
-        if isinstance(config, EagleConfig) and base.needs_embedding_copy():
+        attach(base, record.conversion.algorithm, _recorded_config(record.conversion, checkpoint.path / RECORD))
+        if reads_tokens(model) and base.needs_embedding_copy():
             base.add_last_stage_embedding(torch.empty_like(base.head_weight()))
-    state = _model_state(model)
-    try:
-        loaded, missing, unexpected = dist_checkpointing.load(
-            state, str(checkpoint.path), strict=StrictHandling.RETURN_ALL
-        )
-    except STORAGE_ERRORS as error:
-        raise CheckpointError(f"{checkpoint.path} could not be read: {storage_reason(error)}") from error
-    _check_leftovers(checkpoint.path, missing, unexpected)
+    loaded = _load({"model": model_state(model)}, checkpoint.path, ignored=NOT_MODEL)
     model.load_state_dict(loaded["model"])
     _zero_vocabulary_padding(base)
+
+
+def _recorded_config(conversion: ConversionRecord, file: Path) -> StrictConfig:
+    try:
+        return find_algorithm(conversion.algorithm).config_class.parse(conversion.config)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: conversion: {error}; load it with the package that wrote it") from None
+
+
+def load_optimizer_state(checkpoint: Checkpoint, optimizer_state: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill what `save_checkpoint` took as `optimizer_state`; all ranks take part.
+
+    Args:
+        checkpoint: of a run that is to be resumed.
+        optimizer_state: sharded tensors of the same names, in this layout.
+
+    Raises:
+        CheckpointError: tensors missing or left over.
+    """
+    loaded = _load({"optimizer": dict(optimizer_state)}, checkpoint.path, ignored=("",), kept=NOT_MODEL[0])
+    state: dict[str, Any] = loaded["optimizer"]
+    return state
+
+
+def _load(state: dict[str, Any], path: Path, *, ignored: tuple[str, ...], kept: str | None = None) -> dict[str, Any]:
+    """Fill `state`, strictly in both directions.
+
+    Args:
+        state: sharded tensors.
+        path: of the iteration.
+        ignored: beginnings of names that may be in the checkpoint alone.
+        kept: beginning of names that may not, whatever `ignored` says.
+    """
+    try:
+        loaded, missing, unexpected = dist_checkpointing.load(state, str(path), strict=StrictHandling.RETURN_ALL)
+    except STORAGE_ERRORS as error:
+        raise CheckpointError(f"{path} could not be read: {storage_reason(error)}") from error
+    missing = [name for name in missing if not name.startswith(ignored) or (kept and name.startswith(kept))]
+    _check_leftovers(path, missing, unexpected)
+    return loaded
 
 
 def _check_same_base(actual: BaseArchitecture, record: CheckpointRecord) -> None:
@@ -295,7 +330,7 @@ def _check_same_base(actual: BaseArchitecture, record: CheckpointRecord) -> None
 
 def _check_leftovers(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     """`missing` is in the checkpoint but not in the model, `unexpected` the other way round."""
-    leftover = sorted(name for name in missing if not name.startswith(NOT_MODEL) and not name.endswith("_extra_state"))
+    leftover = sorted(name for name in missing if not name.endswith("_extra_state"))
     absent = sorted({name for name in unexpected if "_extra_state" not in name})
     if leftover or absent:
         raise CheckpointError(
@@ -315,6 +350,7 @@ def _zero_vocabulary_padding(base: MegatronBase) -> None:
         weight[max(0, valid) :].zero_()
 
 
-def _model_state(model: GPTModel) -> dict[str, Any]:
-    metadata = {"dp_cp_group": model.pg_collection.dp_cp}
-    return {"model": model.sharded_state_dict(metadata=metadata)}
+def model_state(model: GPTModel) -> dict[str, Any]:
+    """megatron-core's sharded tensors of the model, base and draft; they hold the parameters themselves."""
+    state: dict[str, Any] = model.sharded_state_dict(metadata={"dp_cp_group": model.pg_collection.dp_cp})
+    return state

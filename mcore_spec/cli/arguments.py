@@ -7,30 +7,53 @@ an error, never ignored. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
 
-from mcore_spec.config import EagleAlgorithm, StrictConfig
+from mcore_spec.config import ALGORITHMS, DraftInit, EagleAlgorithm, MedusaConfig, StrictConfig, suggest
 
-Algorithm = Literal["eagle", "medusa", "none"]
+_MEDUSA = MedusaConfig()
 ParamsDtype = Literal["bf16", "fp16", "fp32", "fp64", "auto"]
+# In the place of an algorithm: the base alone.
+NO_DRAFT = "none"
 
-# Options of one algorithm only -> the algorithms that read them.
-_APPLIES_TO: Mapping[str, tuple[Algorithm, ...]] = MappingProxyType(
-    {
-        "export_eagle_algorithm": ("eagle",),
-        "eagle_config": ("eagle",),
-        "draft_vocab_cache": ("eagle",),
-        "export_num_medusa_heads": ("medusa",),
-        "export_num_medusa_layers": ("medusa",),
-        # Medusa heads start as the base's head: nothing is drawn.
-        "seed": ("eagle",),
-    }
-)
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotation of a string field with choices that are looked up when a value is read: a registry may grow.
+
+    Attributes:
+        known: the choices.
+    """
+
+    known: Callable[[], Sequence[str]]
+
+    def __get_pydantic_core_schema__(self, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
+        """pydantic's protocol: check behind the type."""
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: str) -> str:
+        known = self.known()
+        if value not in known:
+            hint = suggest(value, known, otherwise=f"choose one of {', '.join(known)}")
+            raise ValueError(f"not known; {hint}")
+        return value
+
+
+def _algorithms() -> list[str]:
+    return [*ALGORITHMS, NO_DRAFT]
+
+
+def _readers_of(field: str) -> list[str]:
+    """The algorithms that read an option; empty for one that has nothing to do with the algorithm."""
+    if field == "algorithm_config":
+        return list(ALGORITHMS)
+    return [name for name, registered in ALGORITHMS.items() if field in registered.flags]
 
 
 def flag_of(field: str) -> str:
@@ -101,33 +124,46 @@ class BaseArguments(StrictConfig):
 class ConvertArguments(BaseArguments, ParallelArguments):
     """The draft, and where the result goes."""
 
-    export_algorithm: Algorithm = Field(
+    export_algorithm: Annotated[str, OneOf(_algorithms)] = Field(
         description="Kind of draft to attach; none: only write the base model as a Megatron-core checkpoint."
     )
     save: str = Field(min_length=1, description="Directory of the Megatron-core checkpoint to write.")
+    algorithm_config: Path | None = Field(
+        None, description="JSON file with the draft's configuration. Default: the algorithm's defaults."
+    )
     export_eagle_algorithm: EagleAlgorithm = Field("eagle3", description="Member of the EAGLE family (eagle).")
-    eagle_config: Path | None = Field(
-        None, description="JSON file with the draft's configuration (eagle). Default: the preset."
-    )
+    eagle_config: Path | None = Field(None, description="The same as --algorithm-config, by ModelOpt's name (eagle).")
     draft_vocab_cache: Path | None = Field(
-        None, description="File with the draft vocabulary (eagle). Default: the base's vocabulary."
+        None, description="File with the draft vocabulary, where the draft may have one. Default: the base's."
     )
-    export_num_medusa_heads: int = Field(2, ge=1, description="Heads; head i predicts token t+2+i (medusa).")
-    export_num_medusa_layers: int = Field(1, ge=1, description="Residual blocks in each head (medusa).")
+    draft_init: DraftInit = Field(
+        "random", description="What the draft starts as; base: EAGLE-3's layer as the base's last one (eagle)."
+    )
+    export_num_medusa_heads: int | None = Field(
+        None, ge=1, description=f"Heads; head i predicts token t+2+i (medusa). Default: {_MEDUSA.medusa_num_heads}."
+    )
+    export_num_medusa_layers: int | None = Field(
+        None, ge=1, description=f"Residual blocks in each head (medusa). Default: {_MEDUSA.medusa_num_layers}."
+    )
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
         given = self.model_dump(include=self.model_fields_set, exclude_none=True)
-        ignored = [
-            name for name in given if self.export_algorithm not in _APPLIES_TO.get(name, (self.export_algorithm,))
-        ]
+        readers = {name: _readers_of(name) for name in given}
+        ignored = [name for name in given if readers[name] and self.export_algorithm not in readers[name]]
         if ignored:
-            problems = [f"{flag_of(name)} (for {' or '.join(_APPLIES_TO[name])})" for name in ignored]
+            problems = [f"{flag_of(name)} (for {' or '.join(readers[name])})" for name in ignored]
             raise ValueError(
                 f"{', '.join(problems)} would be ignored with --export-algorithm {self.export_algorithm}: "
                 "drop what does not apply, or choose another algorithm"
             )
+        if self.eagle_config is not None and self.algorithm_config is not None:
+            raise ValueError("--eagle-config and --algorithm-config are two names of one option: keep one")
         return self
+
+    def algorithm_flags(self) -> dict[str, Any]:
+        """The options that the algorithm reads, by field name, without those that are left open."""
+        return self.model_dump(include=set(ALGORITHMS[self.export_algorithm].flags), exclude_none=True)
 
 
 class ExportArguments(ParallelArguments):

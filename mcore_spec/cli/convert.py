@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,21 +21,13 @@ from mcore_spec.checkpoint.store import (
     make_record,
     save_checkpoint,
 )
-from mcore_spec.cli.arguments import ConvertArguments, ParallelArguments
+from mcore_spec.cli.arguments import NO_DRAFT, ConvertArguments, ParallelArguments
 from mcore_spec.cli.terminal import say
-from mcore_spec.config import BaseIdentity, EagleArchitectureConfig, EagleConfig, StrictConfig, eagle_preset
-from mcore_spec.conversion import (
-    ALGORITHMS,
-    check_convertible,
-    convert,
-    parse_mode,
-    with_draft_vocabulary,
-)
+from mcore_spec.config import BaseIdentity, StrictConfig
+from mcore_spec.conversion import ConfigFile, convert, find_algorithm
 from mcore_spec.drafts.draft import Draft
-from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.vocab_map import load_draft_to_target
 from mcore_spec.errors import CheckpointError, ConfigError
-from mcore_spec.export.draft import algorithm_name
 from mcore_spec.parallel.layout import Layout, parallel_runtime, run_on_rank_zero, tensor_parallel
 from mcore_spec.parallel.sharding import sharded_tensors, whole_shape
 from mcore_spec.parallel.tensor_parallel import Placement
@@ -76,7 +68,7 @@ def run(arguments: ConvertArguments) -> None:
         run_on_rank_zero(lambda: check_save_directory(save, source.record.identity))
         model = _load_base(arguments, source, layout)
         if mode is not None:
-            convert(model, [mode], d2t=d2t, seed=arguments.seed)
+            convert(model, [mode], d2t=d2t, seed=arguments.seed, draft_init=arguments.draft_init)
         record = make_record(model, source.record.identity)
         _report(model)
         path = save_checkpoint(model, save, record, tokenizer_files=source.tokenizer_files)
@@ -134,62 +126,40 @@ def _draft_vocabulary(arguments: ConvertArguments, source: Source) -> Tensor | N
 
 
 def _mode(arguments: ConvertArguments) -> tuple[str, StrictConfig] | None:
-    """The mode that the flags describe; flags of the command line over the file's."""
-    if arguments.export_algorithm == "none":
+    """Algorithm and configuration that the flags and the file describe."""
+    name = arguments.export_algorithm
+    if name == NO_DRAFT:
         return None
-    if arguments.export_algorithm == "medusa":
-        values: dict[str, Any] = {
-            "medusa_num_heads": arguments.export_num_medusa_heads,
-            "medusa_num_layers": arguments.export_num_medusa_layers,
-        }
-        return parse_mode([("medusa", values)])
-    values = eagle_preset(arguments.export_eagle_algorithm)["config"]
-    if arguments.eagle_config is not None:
-        values = _merge_eagle_file(values, arguments)
-    name, config = parse_mode([("eagle", values)])
-    assert isinstance(config, EagleConfig)
-    if config.algorithm != arguments.export_eagle_algorithm:
-        raise ConfigError(
-            f"eagle_config = {arguments.eagle_config} describes {config.algorithm}, --export-eagle-algorithm says "
-            f"{arguments.export_eagle_algorithm}; make the two agree"
-        )
-    return name, config
+    algorithm, file = find_algorithm(name), _config_file(arguments)
+    if algorithm.configure is None:
+        return name, algorithm.config_class.parse(file.values, where=file.where)
+    return name, algorithm.configure(arguments.algorithm_flags(), file)
 
 
-def _merge_eagle_file(preset: dict[str, Any], arguments: ConvertArguments) -> dict[str, Any]:
-    """The file over the preset. The file may be a whole configuration or an architecture alone (ModelOpt's)."""
-    path = arguments.eagle_config
-    assert path is not None
+def _config_file(arguments: ConvertArguments) -> ConfigFile:
+    name = "algorithm_config" if arguments.eagle_config is None else "eagle_config"
+    path = arguments.eagle_config or arguments.algorithm_config
+    if path is None:
+        return ConfigFile({}, where=f"{arguments.export_algorithm} config")
+    where = f"{name} = {path}"
     try:
-        given = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"eagle_config = {path}: no such file") from error
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{where}: no such file") from None
     except ValueError as error:
-        raise ConfigError(f"eagle_config = {path} is not JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise ConfigError(f"eagle_config = {path} holds a {type(given).__name__}; it must hold an object")
-    own = EagleArchitectureConfig.model_fields
-    # Every field of the whole configuration begins like this; a misspelt one belongs there too.
-    if not any(key.startswith("eagle_") and key not in own for key in given):
-        given = {"eagle_architecture_config": given}
-    own_architecture = given.get("eagle_architecture_config", {})
-    if not isinstance(own_architecture, dict):
-        raise ConfigError(
-            f"eagle_config = {path}: eagle_architecture_config = {own_architecture!r} must be an object; leave it out "
-            "to follow the base"
-        )
-    architecture = {**preset["eagle_architecture_config"], **own_architecture}
-    EagleConfig.parse({**given, "eagle_architecture_config": architecture}, where=f"eagle_config = {path}")
-    return {**given, "eagle_architecture_config": architecture}
+        raise ConfigError(f"{where} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} holds a {type(values).__name__}; it must hold an object")
+    return ConfigFile(values, where)
 
 
 def _check_mode(mode: tuple[str, StrictConfig], d2t: Tensor | None, source: Source, layout: Layout) -> None:
     """Resolve the configuration and build the draft without memory, before any weight is read."""
     name, config = mode
-    resolved = ALGORITHMS[name].resolve(with_draft_vocabulary(config, d2t), source.record.base)
-    check_convertible(resolved, d2t)
+    algorithm = find_algorithm(name)
+    resolved = algorithm.resolve(config, source.record.base, d2t)
     place = Placement(tp=tensor_parallel(layout), device=torch.device("meta"))
-    ALGORITHMS[name].build(resolved, source.record.base, place=place)
+    algorithm.build(resolved, source.record.base, place=place)
 
 
 def _load_base(arguments: ConvertArguments, source: Source, layout: Layout) -> BaseGPTModel:
@@ -228,8 +198,4 @@ def _describe_draft(draft: Draft) -> str:
     num_trained = sum(
         math.prod(whole_shape(entry, draft.tp)) for entry in sharded_tensors(draft) if entry.tensor.requires_grad
     )
-    text = f"draft: {algorithm_name(draft)}; {num_trained:,} parameters, trained"
-    if isinstance(draft, Eagle3Draft):
-        layers = ", ".join(map(str, draft.aux_layer_ids))
-        text += f"; aux layers {layers} (0-based, by output); draft vocabulary {draft.architecture.draft_vocab_size:,}"
-    return text
+    return "; ".join([f"draft: {draft.label}", f"{num_trained:,} parameters, trained", *draft.facts()])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mcore_spec.checkpoint.store import find_checkpoint, load_checkpoint
+from mcore_spec.bases.megatron_build import BaseGPTModel
+from mcore_spec.checkpoint.store import Checkpoint, find_checkpoint, load_checkpoint
 from mcore_spec.cli.arguments import ExportArguments, flag_of
 from mcore_spec.cli.convert import layout_of
 from mcore_spec.cli.terminal import say
+from mcore_spec.conversion import conversion_of
 from mcore_spec.errors import CheckpointError
 from mcore_spec.export.base import export_base_and_draft
 from mcore_spec.export.directory import check_export_directory
@@ -18,8 +20,7 @@ from mcore_spec.parallel.layout import parallel_runtime, run_on_rank_zero
 def run(arguments: ExportArguments) -> None:
     """Load in the given layout and write the draft, or the base with the draft in it."""
     layout = layout_of(arguments)
-    # Resolved: the temporary sibling needs the directory's own name, which "." hides.
-    directory = Path(arguments.export_dir).resolve()
+    directory = Path(arguments.export_dir)
     with parallel_runtime(layout):
         checkpoint = run_on_rank_zero(lambda: find_checkpoint(Path(arguments.load), step=arguments.ckpt_step))
         asked = {"export_extra_modules", "export_format"} & arguments.model_fields_set
@@ -47,4 +48,13 @@ def run(arguments: ExportArguments) -> None:
                 export_format=arguments.export_format,
                 overwrite=arguments.overwrite,
             )
-        say(f"exported {directory}")
+        say(f"exported {directory} ({describe(arguments, checkpoint, model)})")
+
+
+def describe(arguments: ExportArguments, checkpoint: Checkpoint, model: BaseGPTModel) -> str:
+    """Which iteration was written, and what of it."""
+    conversion = conversion_of(model)
+    parts = [] if arguments.export_extra_modules else ["base"]
+    parts += [] if conversion is None else [conversion.draft_class.label]
+    name = checkpoint.path.name
+    return f"{name if name == 'release' else f'iteration {checkpoint.iteration}'}, {' and '.join(parts)}"

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from mcore_spec.cli.arguments import ConvertArguments, ExportArguments, flag_of
 from mcore_spec.cli.parser import parse_arguments, suggest
 from mcore_spec.cli.terminal import say, say_error
+from mcore_spec.cli.training_arguments import DraftVocabArguments, FinetuneArguments
 from mcore_spec.config import StrictConfig
 from mcore_spec.errors import McoreSpecError
 
@@ -58,6 +59,18 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             ConvertArguments,
             "Attach a draft to a base model and write a Megatron-core checkpoint.",
             "mcore_spec.cli.convert:run",
+            "save",
+        ),
+        "draft-vocab": Command(
+            DraftVocabArguments,
+            "Choose a draft vocabulary: the most frequent tokens of conversations.",
+            "mcore_spec.cli.draft_vocab:run",
+            "output_dir",
+        ),
+        "finetune": Command(
+            FinetuneArguments,
+            "Train the draft of a converted checkpoint on conversations.",
+            "mcore_spec.cli.finetune:run",
             "save",
         ),
         "export": Command(

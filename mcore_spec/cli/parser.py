@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
@@ -19,8 +18,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from mcore_spec.cli.arguments import flag_of
-from mcore_spec.config import StrictConfig
+from mcore_spec.cli.arguments import OneOf, flag_of
+from mcore_spec.config import StrictConfig, describe_problem, suggest
 from mcore_spec.errors import ConfigError
 
 Arguments = TypeVar("Arguments", bound=StrictConfig)
@@ -59,13 +58,7 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str], *, pr
     try:
         return arguments_class.model_validate({name: each.value for name, each in given.items()})
     except ValidationError as error:
-        raise ConfigError(_describe_invalid(error, given, arguments_class)) from error
-
-
-def suggest(word: str, known: Sequence[str], *, otherwise: str) -> str:
-    """The end of an error about a misspelt word."""
-    close = get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}?" if close else otherwise
+        raise ConfigError(_describe_invalid(error, given, arguments_class)) from None
 
 
 # --- argparse -------------------------------------------------------------------------------------
@@ -131,6 +124,8 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> No
     flags = _flags(name, field)
     if _is_switch(field):
         group.add_argument(*flags, dest=name, action=_StoreOnce, nargs=0, help=text)
+    elif get_origin(_kind(field)) is tuple:
+        group.add_argument(*flags, dest=name, action="append", metavar=_metavar(name, field), help=text)
     else:
         group.add_argument(*flags, dest=name, action=_StoreOnce, metavar=_metavar(name, field), help=text)
 
@@ -156,8 +151,12 @@ def _is_switch(field: FieldInfo) -> bool:
 def _metavar(name: str, field: FieldInfo) -> str:
     """What stands for the value in ``--help``: the choices, the kind, or the last word of the name."""
     kind = _kind(field)
-    if get_origin(kind) is Literal:
-        return "{" + ",".join(str(choice) for choice in get_args(kind)) + "}"
+    choices: Sequence[Any] = get_args(kind) if get_origin(kind) is Literal else ()
+    for each in field.metadata:
+        if isinstance(each, OneOf):
+            choices = each.known()
+    if choices:
+        return "{" + ",".join(map(str, choices)) + "}"
     return {int: "N", float: "X", Path: "FILE"}.get(kind) or name.rpartition("_")[-1].upper()
 
 
@@ -237,7 +236,7 @@ def _describe_invalid(error: ValidationError, given: Mapping[str, Given], argume
     """One line for all problems: the flag or the key, the value, and what is allowed."""
     problems = []
     for problem in error.errors():
-        message = problem["msg"].removeprefix("Value error, ")
+        message = describe_problem(problem)
         if not problem["loc"]:  # a check across fields names its flags itself
             problems.append(message)
             continue

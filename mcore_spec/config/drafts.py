@@ -13,10 +13,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mcore_spec.config.strict import StrictConfig
+from mcore_spec.config.strict import StrictConfig, suggest
 from mcore_spec.errors import ConfigError, UnsupportedError
 
 EagleAlgorithm = Literal["eagle1", "eagle3", "eagle-mtp"]
+# What a draft's weights start as.
+DraftInit = Literal["random", "base"]
 
 # Keys of ModelOpt's architecture configuration that the base model owns. A user's file may carry them;
 # they are checked against the base by convert() instead of being believed.
@@ -187,8 +189,9 @@ _ALGORITHM_FLAGS = {flag for flags in _ARCHITECTURE_FLAGS.values() for flag in f
 def eagle_preset(algorithm: EagleAlgorithm) -> dict[str, Any]:
     """A fresh preset ``{"algorithm": "eagle", "config": {...}}`` for one member of the family."""
     if algorithm not in _ARCHITECTURE_FLAGS:
-        known = ", ".join(_ARCHITECTURE_FLAGS)
-        raise ConfigError(f"eagle algorithm {algorithm!r} is not known; choose one of {known}")
+        known = list(_ARCHITECTURE_FLAGS)
+        hint = suggest(str(algorithm), known, otherwise=f"choose one of {', '.join(known)}")
+        raise ConfigError(f"eagle algorithm {algorithm!r} is not known; {hint}")
     return {
         "algorithm": "eagle",
         "config": {"eagle_architecture_config": copy.deepcopy(_ARCHITECTURE_FLAGS[algorithm])},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from mcore_spec.errors import ConfigError
 
@@ -30,7 +32,8 @@ class StrictConfig(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise ConfigError(describe_validation_error(cls, error, where=where)) from error
+            # The chain would show pydantic's report of the same, with its links.
+            raise ConfigError(describe_validation_error(cls, error, where=where)) from None
 
 
 def describe_validation_error(config_class: type[BaseModel], error: ValidationError, *, where: str = "") -> str:
@@ -40,13 +43,34 @@ def describe_validation_error(config_class: type[BaseModel], error: ValidationEr
         field = ".".join(str(part) for part in problem["loc"]) or config_class.__name__
         if problem["type"] == "extra_forbidden":
             known = _known_fields(config_class, problem["loc"][:-1])
-            close = get_close_matches(str(problem["loc"][-1]), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}"
+            hint = suggest(str(problem["loc"][-1]), known, otherwise=f"known fields: {', '.join(known)}")
             lines.append(f"{field}: unknown field; {hint}")
         else:
-            lines.append(f"{field} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
+            lines.append(f"{field} = {problem['input']!r}: {describe_problem(problem)}")
     prefix = f"{where}: " if where else ""
     return prefix + "; ".join(lines)
+
+
+def describe_problem(problem: ErrorDetails) -> str:
+    """What is allowed, in pydantic's words; of several choices the one that was probably meant."""
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] != "literal_error":
+        return message
+    choices = re.findall("'([^']*)'", problem["ctx"]["expected"])
+    return f"{message}{suggest(str(problem['input']), choices, before='; ')}"
+
+
+def suggest(word: str, known: Sequence[str], *, before: str = "", otherwise: str = "") -> str:
+    """The end of an error about a misspelt word.
+
+    Args:
+        word: as it was given.
+        known: what it may be.
+        before: stands before the suggestion.
+        otherwise: what to say where nothing known comes near.
+    """
+    close = get_close_matches(word, known, n=1)
+    return f"{before}did you mean {close[0]}?" if close else otherwise
 
 
 def _known_fields(config_class: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -6,6 +6,8 @@ over several steps of its own features it is HASS (Zhang et al., arXiv 2408.1576
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from mcore_spec.parallel.tensor_parallel import Placement
 
 class Eagle1Draft(RecurrentDraft):
     """The EAGLE-1 module."""
+
+    label: ClassVar[str] = "EAGLE-1"
 
     def __init__(self, config: EagleConfig, base: BaseArchitecture, *, place: Placement) -> None:
         """Allocate this rank's shard.

@@ -6,20 +6,34 @@ are ordinary. The head speaks a draft vocabulary, which may be a part of the bas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mcore_spec.config import BaseArchitecture, EagleConfig
-from mcore_spec.drafts.draft import Draft, Reads, StepOutput, draft_to_target
+from mcore_spec.drafts.draft import Draft, Past, Reads, StepOutput, StepResult, draft_to_target, run_steps
 from mcore_spec.drafts.resolve import resolve_rope
+from mcore_spec.errors import ConfigError
 from mcore_spec.layers.attention import KeyValue, TTTAttention
 from mcore_spec.layers.decoder import DecoderLayer, LayerShape, gated_mlp, init_linear_weights
 from mcore_spec.layers.linear import ShardedLinear, VocabularyHead, project_sharded_columns
 from mcore_spec.layers.norm import RMSNorm
+from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.tensor_parallel import Placement
+
+# Weights of the first layer -> weights of the base's last one that a warm start takes for them.
+_WARM_START = {
+    "hidden_norm.weight": "input_layernorm.weight",
+    "self_attn.o_proj.weight": "self_attn.o_proj.weight",
+    "post_attention_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.gate_proj.weight": "mlp.gate_proj.weight",
+    "mlp.up_proj.weight": "mlp.up_proj.weight",
+    "mlp.down_proj.weight": "mlp.down_proj.weight",
+}
 
 
 class Eagle3Layer(nn.Module):
@@ -48,19 +62,29 @@ class Eagle3Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, eps=shape.eps, place=place)
         self.mlp = gated_mlp(shape, place=place)
 
-    def forward(self, hidden: Tensor, embedding: Tensor, *, step: int, past: list[KeyValue]) -> Tensor:
-        """One TTT step: two times [s or s/size, b, h] -> the same; appends to `past`."""
+    def forward(
+        self,
+        hidden: Tensor,
+        embedding: Tensor,
+        *,
+        step: int,
+        past: list[KeyValue],
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """One TTT step: two times [s or s/size, b, h] -> the same; appends to `past`. The rest as of `TTTAttention`."""
         normed = self.hidden_norm(hidden)
         residual = normed if self.norm_before_residual else hidden
         joined = torch.cat((self.input_layernorm(embedding), normed), dim=-1)
-        x = residual + self.self_attn(joined, step=step, past=past)
+        x = residual + self.self_attn(joined, step=step, past=past, documents=documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Eagle3Draft(Draft):
     """The EAGLE-3 module. Parameters are named as engines name them, but for ``midlayer``."""
 
+    label: ClassVar[str] = "EAGLE-3"
     reads: ClassVar[Reads] = "aux"
+    reads_tokens: ClassVar[bool] = True
     d2t: Tensor
 
     def __init__(self, config: EagleConfig, base: BaseArchitecture, *, place: Placement) -> None:
@@ -111,6 +135,48 @@ class Eagle3Draft(Draft):
         """Normal matrices with standard deviation ``initializer_range``; norms one."""
         init_linear_weights(self, std=self.architecture.initializer_range, seed=seed)
 
+    def set_draft_vocabulary(self, d2t: Tensor) -> None:
+        """Keep the mapping; a whole vocabulary, which can only map to itself, needs none."""
+        if self.has_reduced_vocabulary:
+            self.d2t.copy_(d2t)
+
+    def facts(self) -> list[str]:
+        """Which layers it reads, how many tokens it knows."""
+        layers = ", ".join(map(str, self.aux_layer_ids))
+        vocabulary = f"draft vocabulary {self.architecture.draft_vocab_size:,}"
+        return [f"aux layers {layers} (0-based, by output)", vocabulary]
+
+    @torch.no_grad()
+    def scale_logits(self, head_row_norm: float) -> None:
+        """Weights of the last norm such that the first logits have a standard deviation of about one.
+
+        The loss of step 0 then starts near log(vocabulary), whatever the scale of head and aux hidden states. A
+        power of two, so that the rounding of another layout makes no other weights.
+        """
+        self.norm.weight.fill_(2.0 ** round(-math.log2(head_row_norm)))
+
+    @torch.no_grad()
+    def warm_start(self, layer: Mapping[str, Tensor], final_norm: Tensor) -> None:
+        """The base's last decoder layer on the last aux hidden state: the base, shortened.
+
+        Attention and MLP are the base's, the halves of q, k and v that read the embedding are zero, fc passes
+        the last aux layer through, the norms are the base's.
+
+        Raises:
+            ConfigError: a layer of other sizes than the base's.
+        """
+        state, hidden_size = dict(self.layers[0].named_parameters()), final_norm.shape[0]
+        for ours, theirs in _WARM_START.items():
+            _copy(state[ours], layer[theirs], name=ours)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            weight = state[f"self_attn.{name}.weight"]
+            weight[:, :hidden_size].zero_()
+            _copy(weight[:, hidden_size:], layer[f"self_attn.{name}.weight"], name=name)
+        self.norm.weight.copy_(final_norm)
+        whole = torch.zeros(hidden_size, self.fc.in_features)
+        whole[:, -hidden_size:] = torch.eye(hidden_size)
+        self.fc.weight.copy_(whole.chunk(self.tp.size, dim=1)[self.tp.rank])
+
     def fuse(self, aux: Tensor) -> Tensor:
         """Joined aux hidden states [s or s/size, b, n h] -> g_0, [s or s/size, b, h]."""
         if self.input_norm is not None:
@@ -120,24 +186,47 @@ class Eagle3Draft(Draft):
             aux = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return project_sharded_columns(self.fc, aux)
 
-    def forward(self, features: Tensor, embeddings: Sequence[Tensor]) -> list[StepOutput]:
+    def forward(
+        self,
+        features: Tensor,
+        embeddings: Sequence[Tensor],
+        *,
+        documents: Documents | None = None,
+        recompute: bool = False,
+    ) -> list[StepOutput]:
         """All TTT steps.
 
         Args:
             features: joined aux hidden states [s or s/size, b, n h]; row t is position t.
             embeddings: one a step, [s or s/size, b, h]; row t of step k embeds token x[t+1+k].
+            documents: of one packed row (b = 1), of which the tensors are this context-parallel rank's rows;
+                ``None``: each of the b columns is one document.
+            recompute: keep no activations of a step; run it again in backward.
 
         Returns:
             One output a step.
         """
+        one_step = partial(self._step, documents=documents)
         state = self.fuse(features)
-        past: list[list[KeyValue]] = [[] for _ in self.layers]
-        outputs = []
-        for step, embedding in enumerate(embeddings):
-            x = self.layers[0](state, embedding, step=step, past=past[0])
-            for layer, layer_past in zip(self.layers[1:], past[1:], strict=True):
-                x = layer(x, step=step, past=layer_past)
-            hidden = self.norm(x)
-            state = hidden if self.architecture.norm_output else x
-            outputs.append(StepOutput(hidden, state))
-        return outputs
+        return run_steps(one_step, state, embeddings, num_layers=len(self.layers), recompute=recompute)
+
+    def _step(
+        self, state: Tensor, embedding: Tensor, past: Past, step: int, *, documents: Documents | None
+    ) -> StepResult:
+        grown = [list(layer_past) for layer_past in past]
+        x = self.layers[0](state, embedding, step=step, past=grown[0], documents=documents)
+        for layer, layer_past in zip(self.layers[1:], grown[1:], strict=True):
+            x = layer(x, step=step, past=layer_past, documents=documents)
+        hidden = self.norm(x)
+        output = StepOutput(hidden, hidden if self.architecture.norm_output else x)
+        return StepResult(output, tuple(layer_past[-1] for layer_past in grown))
+
+
+def _copy(target: Tensor, source: Tensor, *, name: str) -> None:
+    if target.shape != source.shape:
+        raise ConfigError(
+            f"draft_init = base: {name} of the draft is {list(target.shape)}, of the base's layer "
+            f"{list(source.shape)}; leave heads, head_dim and intermediate_size to follow the base, or choose "
+            "draft_init = random"
+        )
+    target.copy_(source)

@@ -22,13 +22,15 @@ def atomic_directory(final: Path, *, record: CheckpointRecord, overwrite: bool) 
     """A temporary sibling of `final` that takes its name at the end of the block; all ranks take part.
 
     Args:
-        final: where the directory is to be.
+        final: where the directory is to be; also relative, ``.`` included.
         record: what is exported; written into it.
         overwrite: replace an earlier export.
 
     Raises:
         ConfigError: `final` exists, and is not to be or must not be replaced.
     """
+    # The sibling needs the directory's own name, which "." hides.
+    final = final.resolve()
     partial = run_on_rank_zero(lambda: _begin(final, overwrite=overwrite))
     try:
         yield partial
@@ -46,6 +48,7 @@ def check_export_directory(final: Path, *, overwrite: bool) -> None:
     Raises:
         ConfigError: it is taken, by something that is not to be or must not be replaced.
     """
+    final = final.resolve()
     if final.exists() and not overwrite:
         raise ConfigError(f"export_dir = {final} exists; choose another directory, or give --overwrite")
     if final.exists() and (not final.is_dir() or (any(final.iterdir()) and not (final / MARKER).exists())):

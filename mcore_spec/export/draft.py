@@ -10,41 +10,15 @@ from megatron.core.models.gpt import GPTModel
 
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.record import CheckpointRecord
-from mcore_spec.conversion import conversion_of
+from mcore_spec.conversion import conversion_of, find_algorithm
 from mcore_spec.drafts.draft import Draft
-from mcore_spec.drafts.eagle1 import Eagle1Draft
-from mcore_spec.drafts.eagle3 import Eagle3Draft
-from mcore_spec.drafts.medusa import MedusaDraft
-from mcore_spec.drafts.mtp import MTPDraft
-from mcore_spec.errors import ConfigError, UnsupportedError
+from mcore_spec.errors import ConfigError
 from mcore_spec.export.card import model_card
 from mcore_spec.export.directory import atomic_directory
-from mcore_spec.export.eagle1 import plan_eagle1
-from mcore_spec.export.eagle3 import plan_eagle3
-from mcore_spec.export.medusa import plan_medusa
-from mcore_spec.export.mtp import plan_mtp
 from mcore_spec.export.plan import ExportFormat, ExportPlan, PlannedTensors
 from mcore_spec.parallel.collectives import group_rank
 from mcore_spec.parallel.layout import run_on_every_rank
 from mcore_spec.weights.safetensors_io import SINGLE_NAME, write_tensors
-
-
-def plan_export(draft: Draft, record: CheckpointRecord, export_format: ExportFormat) -> ExportPlan:
-    """Choose the exporter of this kind of draft.
-
-    Raises:
-        UnsupportedError: the format does not know this kind, or the draft would not serve.
-    """
-    if isinstance(draft, Eagle3Draft):
-        return plan_eagle3(draft, record, export_format)
-    if export_format != "hf":
-        raise UnsupportedError(f"export_format = {export_format!r} is for EAGLE-3 drafts; choose hf")
-    if isinstance(draft, Eagle1Draft):
-        return plan_eagle1(draft, record)
-    if isinstance(draft, MTPDraft):
-        return plan_mtp(draft, record)
-    assert isinstance(draft, MedusaDraft), type(draft)
-    return plan_medusa(draft, record)
 
 
 def export_draft(
@@ -83,10 +57,12 @@ def plan_draft(model: GPTModel, record: CheckpointRecord, export_format: ExportF
         ConfigError: a model without a draft.
         UnsupportedError: a draft that would not serve; on every rank.
     """
-    if conversion_of(model) is None:
+    conversion = conversion_of(model)
+    if conversion is None:
         raise ConfigError("the checkpoint has no draft; convert it first, or leave --export-extra-modules out")
     draft = MegatronBase(model).draft()
-    return run_on_every_rank(lambda: None if draft is None else plan_export(draft, record, export_format))
+    plan = find_algorithm(conversion.algorithm).plan
+    return run_on_every_rank(lambda: None if draft is None else plan(draft, record, export_format))
 
 
 def write_draft(model: GPTModel, record: CheckpointRecord, plan: ExportPlan | None, directory: Path) -> None:
@@ -112,14 +88,8 @@ def _write(directory: Path, plan: ExportPlan, draft: Draft, base: MegatronBase, 
     if draft.tp.rank > 0:
         return
     num_parameters = sum(math.prod(spec.shape) for spec in specs if spec.dtype.is_floating_point)
-    card = model_card(plan, record, algorithm=algorithm_name(draft), num_parameters=num_parameters)
+    card = model_card(plan, record, algorithm=draft.label, num_parameters=num_parameters)
     (directory / "README.md").write_text(card)
     for name, text in plan.extra_files.items():
         (directory / name).write_text(text)
     (directory / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
-
-
-def algorithm_name(draft: Draft) -> str:
-    """The field's name of this kind of draft."""
-    names = {Eagle1Draft: "EAGLE-1", Eagle3Draft: "EAGLE-3", MTPDraft: "EAGLE-MTP", MedusaDraft: "Medusa"}
-    return next(name for kind, name in names.items() if isinstance(draft, kind))

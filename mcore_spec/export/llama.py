@@ -12,7 +12,30 @@ from mcore_spec.drafts.resolve import resolve_rope
 from mcore_spec.errors import UnsupportedError
 from mcore_spec.export.plan import token_ids
 from mcore_spec.layers.rotary import rotary_frequencies
+from mcore_spec.weights.draft_names import Table
 
+# Tensors of one decoder layer, in the draft as in engines' files.
+LAYER = (
+    "input_layernorm.weight",
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.o_proj.weight",
+    "self_attn.q_proj.bias",
+    "self_attn.k_proj.bias",
+    "self_attn.v_proj.bias",
+    "self_attn.o_proj.bias",
+    "self_attn.q_norm.weight",
+    "self_attn.k_norm.weight",
+    "post_attention_layernorm.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+    "mlp.gate_proj.bias",
+    "mlp.up_proj.bias",
+    "mlp.down_proj.bias",
+)
+LAYERS: Table = [(f"layers.{{i}}.{name}", f"layers.{{i}}.{name}") for name in LAYER]
 # Tokens that the written serving commands propose.
 NUM_DRAFT_TOKENS = 3
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.drafts.draft import Draft
+from mcore_spec.errors import UnsupportedError
 from mcore_spec.parallel.sharding import Shard, ShardedTensorEntry, gather_whole, sharded_tensors, whole_shape
 from mcore_spec.weights.draft_names import Table, stored_name
 from mcore_spec.weights.safetensors_io import TensorSpec
@@ -75,6 +76,16 @@ class PlannedTensors:
         for entry in self._entries:
             yield entry.name, gather_whole(entry.tensor, entry.shard, self._tp)
         yield from self._computed.items()
+
+
+def check_hf(export_format: ExportFormat, draft: Draft) -> None:
+    """For drafts that only the engines' own form can say.
+
+    Raises:
+        UnsupportedError: another format.
+    """
+    if export_format != "hf":
+        raise UnsupportedError(f"export_format = {export_format!r} has no form for {draft.label} drafts; choose hf")
 
 
 def token_ids(record: CheckpointRecord) -> dict[str, Any]:

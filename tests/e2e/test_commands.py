@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.conftest import Done, Run, subprocess_environment, tree
+from tests.one_file_algorithm import registered
+from tests.pool import RankPool
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -57,7 +59,7 @@ def test_the_scripts_from_a_model_to_a_draft_directory(base_dir: Path, tmp_path:
     words = ("--load", tmp_path / "checkpoint", "--export-dir", tmp_path / "draft", "--export-extra-modules")
     done = script("examples/export.py", *words)
     assert done.code == 0, done.err
-    assert done.out.endswith(f"exported {tmp_path / 'draft'}\n")
+    assert done.out.endswith(f"exported {tmp_path / 'draft'} (iteration 1, EAGLE-3)\n")
     assert weights(tmp_path / "draft")["lm_head.weight"].shape == (VOCAB, HIDDEN)
 
 
@@ -159,7 +161,8 @@ def test_a_plain_base_checkpoint_and_back(base_dir: Path, run: Run, tmp_path: Pa
     plain, out = tmp_path / "plain", tmp_path / "out"
     done = run("convert", "--pretrained-model-path", base_dir, "--export-algorithm", "none", "--save", plain)
     assert done.code == 0 and "draft" not in done.out
-    assert run("export", "--load", plain, "--export-dir", out / "base").code == 0
+    done = run("export", "--load", plain, "--export-dir", out / "base")
+    assert (done.code, done.out) == (0, f"exported {out / 'base'} (iteration 1, base)\n")
     theirs, ours = weights(base_dir), weights(out / "base")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert (out / "base" / "tokenizer.json").read_bytes() == (base_dir / "tokenizer.json").read_bytes()
@@ -215,7 +218,82 @@ def test_a_later_save_is_the_next_iteration(base_dir: Path, run: Run, tmp_path: 
     assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "2"
     export = ("export", "--load", tmp_path / "out", "--export-extra-modules", "--export-dir", tmp_path / "draft")
     assert run(*export, "--ckpt-step", 1).code == 2
-    assert run(*export).code == 0
+    done = run(*export)
+    assert (done.code, done.out) == (0, f"exported {tmp_path / 'draft'} (iteration 2, Medusa)\n")
+    base = ("export", "--load", tmp_path / "out", "--export-dir", tmp_path / "base")
+    assert run(*base).out == f"exported {tmp_path / 'base'} (iteration 2, base and Medusa)\n"
+    assert run(*base, "--ckpt-step", 1, "--overwrite").out == f"exported {tmp_path / 'base'} (iteration 1, base)\n"
+
+
+def test_a_relative_place_to_export_to(
+    base_dir: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also ".", an empty directory that is replaced, whose name the temporary sibling needs."""
+    assert run(*conversion(base_dir, "medusa", tmp_path / "checkpoint")).code == 0
+    here = tmp_path / "here"
+    here.mkdir()
+    export = ("export", "--load", tmp_path / "checkpoint", "--export-extra-modules", "--overwrite", "--export-dir")
+    for place in (".", "below/it"):
+        monkeypatch.chdir(here)  # "." was replaced: the process stands in the directory that was
+        done = run(*export, place)
+        assert (done.code, done.out) == (0, f"exported {place} (iteration 1, Medusa)\n"), done.err
+        assert (here / place / "model.safetensors").is_file()
+    done = run(*export, "..")
+    assert done.code == 2 and f"export_dir = {tmp_path} is not an earlier export" in done.err
+
+
+def test_one_option_for_the_configuration_of_every_algorithm(base_dir: Path, run: Run, tmp_path: Path) -> None:
+    """--algorithm-config is Medusa's file and, by another name, EAGLE's; a flag must not contradict it."""
+    (tmp_path / "medusa.json").write_text(json.dumps({"medusa_num_heads": 3, "medusa_loss_decay_factor": 0.5}))
+    convert = (*conversion(base_dir, "medusa", tmp_path / "out"), "--algorithm-config", tmp_path / "medusa.json")
+    done = run(*convert, "--export-num-medusa-heads", 4)
+    assert done.code == 2
+    assert f"{tmp_path / 'medusa.json'} has medusa_num_heads = 3, --export-num-medusa-heads says 4; make" in done.err
+    assert run(*convert, "--export-num-medusa-layers", 2).code == 0
+    assert recorded(tmp_path / "out") == {
+        "medusa_num_heads": 3,
+        "medusa_num_layers": 2,
+        "medusa_loss_decay_factor": 0.5,
+        "medusa_self_logit_distillation": False,
+    }
+    (tmp_path / "eagle.json").write_text(json.dumps({"num_hidden_layers": 2}))
+    for flag in ("--eagle-config", "--algorithm-config"):
+        out = tmp_path / flag.strip("-")
+        assert run(*conversion(base_dir, "eagle", out), flag, tmp_path / "eagle.json").code == 0
+    assert recorded(tmp_path / "eagle-config") == recorded(tmp_path / "algorithm-config")
+    assert recorded(tmp_path / "eagle-config")["eagle_architecture_config"]["num_hidden_layers"] == 2
+
+
+def recorded(checkpoint: Path) -> dict[str, Any]:
+    """The configuration in a checkpoint's first iteration."""
+    record = json.loads((checkpoint / "iter_0000001" / "mcore_spec.json").read_text())
+    return record["conversion"]["config"]
+
+
+@pytest.mark.parallel
+def test_a_third_algorithm_by_the_commands(base_dir: Path, run: Run, rank_pool: RankPool, tmp_path: Path) -> None:
+    """Its file, its line, its flags: converted and exported, on one rank, on two and in two stages alike."""
+    (tmp_path / "one_map.json").write_text(json.dumps({"one_map_std": 0.5}))
+
+    def commands(name: str, *layout: str) -> list[list[str]]:
+        save, out = tmp_path / name, tmp_path / f"{name}_draft"
+        words = [*conversion(base_dir, "one-map", save), "--seed", 3, "--algorithm-config", tmp_path / "one_map.json"]
+        export = ["export", "--load", save, "--export-dir", out, "--export-extra-modules"]
+        return [[*map(str, words), *layout], [*map(str, export), *layout]]
+
+    with registered():
+        convert, export = (run(*words) for words in commands("one"))
+    assert (convert.code, export.code) == (0, 0), convert.err + export.err
+    num_trained = 2 * HIDDEN * HIDDEN + VOCAB * HIDDEN
+    assert f"draft: One map; {num_trained:,} parameters, trained; standard deviation 0.5\n" in convert.out
+    assert export.out == f"exported {tmp_path / 'one_draft'} (iteration 1, One map)\n"
+    assert recorded(tmp_path / "one") == {"one_map_std": 0.5, "one_map_freeze": True}
+    assert weights(tmp_path / "one_draft").keys() == {"projection.weight", "head.0.weight"}
+    for name in ("tensor", "pipeline"):
+        both = commands(name, f"--{name}-model-parallel-size", "2")
+        codes = rank_pool.run("tests.one_file_algorithm:exit_codes", world_size=2, commands=both)
+        assert codes == [[0, 0], [0, 0]]
+        assert tree(tmp_path / f"{name}_draft") == tree(tmp_path / "one_draft")
 
 
 def test_a_dtype_that_is_asked_for(base_dir: Path, run: Run, tmp_path: Path) -> None:

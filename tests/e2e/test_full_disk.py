@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import signal
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from mcore_spec.checkpoint.store import TRACKER
 from mcore_spec.cli.main import run_command
-from tests.e2e.conftest import Run, check_refused, make_base, tree
+from tests.e2e.conftest import Done, Run, check_refused, make_base, tree
+from tests.e2e.disk import Disk, mounted_disk
 from tests.pool import RankPool
 
 pytestmark = pytest.mark.e2e
@@ -97,3 +100,60 @@ def test_a_full_disk_stops_every_rank(layout: str, what: list[str], big, rank_po
         codes = rank_pool.run("tests.e2e.rank_cases:exit_code", world_size=2, command="export", words=words)
         assert codes == [2, 2]
         assert tree(disk) == {}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    with mounted_disk(tmp_path / "disk") as mounted:
+        if mounted is None:
+            pytest.skip("mounting a tmpfs is not permitted here, and no other disk fills up at a chosen file")
+        yield mounted
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("limit", ["nr_inodes", "size"])
+def test_every_file_of_a_save_in_turn_finds_no_room(limit: str, disk: Disk, rank_pool: RankPool) -> None:
+    """Both ranks are told, also of the files that rank 0 alone writes for all, and what was saved is kept.
+
+    Without an inode a file cannot be created, without a page it cannot be written.
+    """
+    (disk.directory.parent / "tokenizer.json").write_text("{}")
+    messages, of_the_other = rank_pool.run(
+        "tests.e2e.disk:saves_with_growing_room", world_size=2, directory=disk.directory, limit=limit
+    )
+    assert messages == of_the_other
+    assert all("No space left on device" in message for message in messages)
+    if limit == "size":
+        assert len(messages) > 10
+        return
+    names = [re.findall(r"([^/]+)'", message)[-1] for message in messages]
+    first = [".write-probe", "common.pt"]
+    last = [".metadata.tmp", "metadata.json", "mcore_spec.json", "tokenizer", "tokenizer.json", TRACKER]
+    assert names[:2] + names[4:] == first + last
+    assert all(name.endswith(".distcp") for name in names[2:4])
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize(("room", "name"), [(1, "common.pt"), (5, "metadata.json")])
+def test_what_rank_zero_writes_alone_stops_every_rank(
+    room: int, name: str, base_dir: Path, disk: Disk, rank_pool: RankPool
+) -> None:
+    words = ["--pretrained-model-path", base_dir, "--export-algorithm", "medusa", "--tensor-model-parallel-size", 2]
+    words += ["--save", disk.directory / "checkpoint"]
+
+    def save() -> list[Done]:
+        outcomes = rank_pool.run(
+            "tests.e2e.rank_cases:outcome",
+            world_size=2,
+            command="convert",
+            words=[str(word) for word in words],
+        )
+        return [Done(code, "", said) for code, said in outcomes]
+
+    assert [done.code for done in save()] == [0, 0]
+    before = tree(disk.directory)
+    disk.set_limit("nr_inodes", disk.used("nr_inodes") + room)
+    for done in save():
+        parts = ("save = ", disk.directory / "checkpoint", f"/{name}'", "free space or choose another directory")
+        check_refused(done, *parts, "What was saved before is untouched")
+    assert tree(disk.directory) == before

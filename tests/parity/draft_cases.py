@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.config import BaseArchitecture, EagleConfig
-from mcore_spec.conversion import ALGORITHMS, check_convertible, convert, parse_mode, with_draft_vocabulary
+from mcore_spec.conversion import convert, find_algorithm, parse_mode
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.medusa import MedusaDraft
@@ -115,9 +115,9 @@ def build(variant: Variant, tp: TensorParallel) -> Built:
     base = base_architecture(**variant.base)
     name, config = parse_mode([variant.mode])
     d2t = draft_to_target() if variant.has_d2t else None
-    config = ALGORITHMS[name].resolve(with_draft_vocabulary(config, d2t), base)
-    check_convertible(config, d2t)
-    draft = ALGORITHMS[name].build(config, base, place=Placement(tp=tp, dtype=torch.float64))
+    algorithm = find_algorithm(name)
+    config = algorithm.resolve(config, base, d2t)
+    draft = algorithm.build(config, base, place=Placement(tp=tp, dtype=torch.float64))
     fill(draft, tp)
     return Built(draft, config, base)
 

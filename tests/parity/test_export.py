@@ -398,7 +398,7 @@ REFUSALS: dict[str, tuple[Any, bool, str, str, list[str]]] = {
         "hf",
         ["num_attention_heads = 6", "hidden_size = 32", "convert again"],
     ),
-    "format": (MEDUSA_MODE, False, "none", "speculators", ["export_format = 'speculators'", "EAGLE-3", "choose hf"]),
+    "format": (MEDUSA_MODE, False, "none", "speculators", ["export_format = 'speculators'", "Medusa", "choose hf"]),
     "no draft": (None, False, "none", "hf", ["no draft", "convert it first", "--export-extra-modules"]),
 }
 

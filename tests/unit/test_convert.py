@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import pkgutil
 import re
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pydantic
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from mcore_spec import EAGLE1_DEFAULT_CFG, EAGLE3_DEFAULT_CFG, EAGLE_MTP_DEFAULT_CFG, EagleConfig, MedusaConfig, convert
+from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.bases.megatron_build import BaseGPTModel, build_gpt_model
-from mcore_spec.config import eagle_preset
-from mcore_spec.conversion import ALGORITHMS, conversion_of
+from mcore_spec.checkpoint.store import find_checkpoint, load_checkpoint, make_record, save_checkpoint
+from mcore_spec.cli.arguments import ConvertArguments
+from mcore_spec.cli.parser import parse_arguments
+from mcore_spec.config import ALGORITHMS, BaseIdentity, eagle_preset
+from mcore_spec.conversion import Algorithm, conversion_of, find_algorithm
 from mcore_spec.drafts.eagle1 import Eagle1Draft
 from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.medusa import MedusaDraft
 from mcore_spec.drafts.mtp import MTPDraft
-from mcore_spec.errors import ConfigError, McoreSpecError, UnsupportedError
+from mcore_spec.errors import CheckpointError, ConfigError, McoreSpecError, UnsupportedError
+from mcore_spec.export.draft import export_draft
 from mcore_spec.parallel.layout import Layout, parallel_runtime
+from tests.one_file_algorithm import OneMapConfig, OneMapDraft, registered
 from tests.tiny import DRAFT_VOCAB_SIZE, base_architecture, draft_to_target
 
 # What a user of ModelOpt has in a file, every key of it.
@@ -142,7 +153,7 @@ def test_what_is_not_given_follows_the_base(build: Callable[..., BaseGPTModel]) 
 @pytest.mark.parametrize(("num_layers", "expected"), [(1, (0,)), (2, (0, 1)), (4, (0, 1)), (32, (1, 15, 28))])
 def test_default_aux_layers(num_layers: int, expected: tuple[int, ...]) -> None:
     base = base_architecture(num_layers=num_layers)
-    resolved = ALGORITHMS["eagle"].resolve(EagleConfig(), base).eagle_architecture_config
+    resolved = find_algorithm("eagle").resolve(EagleConfig(), base, None).eagle_architecture_config
     assert resolved.eagle_aux_hidden_state_layer_ids == expected
 
 
@@ -192,7 +203,9 @@ def test_the_seed_decides_the_weights(build: Callable[..., BaseGPTModel]) -> Non
 
 
 REFUSED = {
-    "unknown algorithm": ("eagel", ConfigError, "algorithm 'eagel' is not known; choose one of eagle, medusa"),
+    "misspelt algorithm": ("eagel", ConfigError, "algorithm 'eagel' is not known; did you mean eagle?"),
+    "unknown algorithm": ("hydra", ConfigError, "algorithm 'hydra' is not known; choose one of eagle, medusa"),
+    "no name": ([(["eagle"], {})], ConfigError, "algorithm ['eagle'] is not known; did you mean eagle?"),
     "two algorithms": ([("eagle", {}), ("medusa", {})], ConfigError, "must name exactly one algorithm"),
     "no algorithm": ([], ConfigError, "must name exactly one algorithm"),
     "not a preset": ({"algorithm": "eagle"}, ConfigError, "mode = {'algorithm': 'eagle'} must name exactly"),
@@ -205,7 +218,7 @@ REFUSED = {
     "unknown key": (
         [("medusa", {"medusa_heads": 2})],
         ConfigError,
-        "medusa config: medusa_heads: unknown field; did you mean 'medusa_num_heads'?",
+        "medusa config: medusa_heads: unknown field; did you mean medusa_num_heads?",
     ),
     "unknown key of the architecture": (
         architecture(num_layers=2),
@@ -308,7 +321,7 @@ D2T_REFUSED = {
         "draft_vocab_size = 36 but d2t has 37 entries; make the two agree",
     ),
     "more entries than the base": ("eagle", draft_to_target(104, vocab_size=200), "104 entries, more than"),
-    "for Medusa": ("medusa", draft_to_target(), "d2t is for EAGLE-3"),
+    "for Medusa": ("medusa", draft_to_target(), "d2t is given, but the draft of a MedusaConfig speaks the base's"),
     "for EAGLE-1": (EAGLE1_DEFAULT_CFG, draft_to_target(), "with eagle1, whose head is the base's"),
     "of floats": ("eagle", draft_to_target().double(), "holds torch.float64 (37,); it must hold an int64 vector"),
     "not a vector": ("eagle", draft_to_target()[None], "holds torch.int64 (1, 37)"),
@@ -382,16 +395,110 @@ def test_rope_parameters_is_another_name_of_rope_scaling(build: Callable[..., Ba
     assert (first.rope_theta, first.rope_scaling) == (777.0, {"rope_type": "linear", "factor": 2.0})
 
 
-def test_a_third_algorithm_is_a_line_in_the_registry(
-    build: Callable[..., BaseGPTModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A configuration class and a module; convert() needs to know no more."""
+@pytest.fixture
+def _one_map() -> Iterator[None]:
+    with registered():
+        yield
 
-    class OneHeadConfig(MedusaConfig):
-        medusa_num_heads: int = 1
 
-    line = ALGORITHMS["medusa"]._replace(config_class=OneHeadConfig, child_name="one_head")
-    monkeypatch.setitem(ALGORITHMS, "one-head", line)
-    model = convert(build(), "one-head")
-    assert len(model.one_head.heads) == 1
-    assert conversion_of(model).algorithm == "one-head"
+@pytest.mark.usefixtures("_one_map")
+def test_a_third_algorithm_is_a_line_in_the_registry(build: Callable[..., BaseGPTModel], tmp_path: Path) -> None:
+    """Converted, saved, loaded back bit for bit, exported and read back: one file says all that this needs."""
+    model = convert(build(), [("one-map", {"one_map_std": 0.5})], seed=3)
+    draft = model.one_map
+    assert isinstance(draft, OneMapDraft)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "one_map.map.weight",
+        "one_map.heads.0.weight",
+    ]
+    assert 0.4 < float(draft.map.weight.detach().std()) < 0.6
+    assert torch.equal(draft.heads[0].weight, model.output_layer.weight)
+    base, token_ids = MegatronBase(model), torch.arange(5)[None]
+    features = base.features(token_ids)
+    logits = draft(features.last, base.embed(token_ids + 1))
+    assert logits.shape == (5, 1, 103) and logits.isfinite().all()
+
+    record = make_record(model, BaseIdentity(source="a base", fingerprint="a base"))
+    save_checkpoint(model, tmp_path / "checkpoint", record)
+    checkpoint = find_checkpoint(tmp_path / "checkpoint")
+    assert checkpoint.record.conversion.algorithm == "one-map"
+    loaded = load_checkpoint(checkpoint, Layout())
+    assert conversion_of(loaded).config == OneMapConfig(one_map_std=0.5)
+    saved, again = dict(model.named_parameters()), dict(loaded.named_parameters())
+    assert saved.keys() == again.keys() and all(torch.equal(saved[name], again[name]) for name in saved)
+    assert {name: p.requires_grad for name, p in saved.items()} == {name: p.requires_grad for name, p in again.items()}
+
+    export_draft(loaded, checkpoint.record, tmp_path / "export")
+    tensors = load_file(tmp_path / "export" / "model.safetensors")
+    assert tensors.keys() == {"projection.weight", "head.0.weight"}
+    assert torch.equal(tensors["projection.weight"], draft.map.weight)
+    assert torch.equal(tensors["head.0.weight"], draft.heads[0].weight)
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["std"] == 0.5
+    assert (tmp_path / "export" / "README.md").read_text().count("# One map draft for") == 1
+    with pytest.raises(UnsupportedError, match="export_format = 'speculators' has no form for One map drafts"):
+        export_draft(loaded, checkpoint.record, tmp_path / "other", export_format="speculators")
+
+
+@pytest.mark.usefixtures("_one_map")
+def test_a_third_algorithm_is_refused_like_the_others(build: Callable[..., BaseGPTModel]) -> None:
+    unchanged_after(build(), lambda model: convert(model, "one-mpa"), ConfigError, "did you mean one-map?")
+    for mode, d2t, message in (
+        (
+            [("one-map", {"one_map_sdt": 1.0})],
+            None,
+            "one-map config: one_map_sdt: unknown field; did you mean one_map_std?",
+        ),
+        (
+            "one-map",
+            draft_to_target(),
+            "d2t is given, but the draft of a OneMapConfig speaks the base's whole vocabulary",
+        ),
+    ):
+        unchanged_after(build(), lambda model, m=mode, d=d2t: convert(model, m, d2t=d), ConfigError, message)
+    assert isinstance(convert(build(), {"one_map_std": 1.0}).one_map, OneMapDraft)
+    unfrozen = convert(build(), {"one_map_freeze": False})
+    assert all(parameter.requires_grad for parameter in unfrozen.parameters())
+
+
+@pytest.mark.usefixtures("_one_map")
+def test_the_command_line_knows_a_third_algorithm() -> None:
+    given = ("--load", "base", "--save", "out", "--export-algorithm", "one-map")
+
+    def parse(*words: str) -> ConvertArguments:
+        return parse_arguments(ConvertArguments, words, prog="prog", description="What it does.")
+
+    arguments = parse(*given, "--algorithm-config", "one.json", "--seed", "3")
+    assert (arguments.export_algorithm, arguments.algorithm_config) == ("one-map", Path("one.json"))
+    for flag, owner in (
+        ("--eagle-config", "eagle"),
+        ("--export-num-medusa-heads", "medusa"),
+        ("--draft-vocab-cache", "eagle"),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"{flag} \(for {owner}\) would be ignored with --export-algorithm one-map"
+        ):
+            parse(*given, flag, "2")
+
+
+def test_a_checkpoint_of_an_algorithm_that_is_not_there(build: Callable[..., BaseGPTModel], tmp_path: Path) -> None:
+    with registered():
+        model = convert(build(), "one-map")
+        save_checkpoint(model, tmp_path, make_record(model, BaseIdentity(source="a base", fingerprint="a base")))
+    with pytest.raises(
+        CheckpointError, match=r"mcore_spec.json: conversion: algorithm 'one-map' is not known; choose one"
+    ):
+        load_checkpoint(find_checkpoint(tmp_path), Layout())
+
+
+def test_every_line_of_the_registry_is_an_algorithm() -> None:
+    """What a line says can be imported, and its flags are the command's."""
+    for name, registered_algorithm in ALGORITHMS.items():
+        assert isinstance(find_algorithm(name), Algorithm)
+        assert set(registered_algorithm.flags) <= ConvertArguments.model_fields.keys()
+
+
+def test_errors_about_a_configuration_show_no_chain(build: Callable[..., BaseGPTModel]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        convert(build(), [("medusa", {"medusa_num_heads": 0})])
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "pydantic" not in shown.replace(str(Path(pydantic.__file__).parent), "") and "direct cause" not in shown

@@ -35,11 +35,13 @@ def test_defaults():
         "seed": 1234,
         "export_algorithm": "eagle",
         "save": "out",
+        "algorithm_config": None,
         "export_eagle_algorithm": "eagle3",
         "eagle_config": None,
         "draft_vocab_cache": None,
-        "export_num_medusa_heads": 2,
-        "export_num_medusa_layers": 1,
+        "draft_init": "random",
+        "export_num_medusa_heads": None,
+        "export_num_medusa_layers": None,
     }
     export = ExportArguments(load="checkpoint", export_dir="out")
     assert (export.export_format, export.export_extra_modules, export.overwrite) == ("hf", False, False)
@@ -90,6 +92,7 @@ def test_values_that_agree():
         ("none", "export_num_medusa_heads", 2, "medusa"),
         ("none", "seed", 1234, "eagle"),
         ("medusa", "seed", 7, "eagle"),
+        ("none", "algorithm_config", "draft.json", "eagle or medusa"),
     ],
 )
 def test_an_option_of_another_algorithm_is_refused_even_with_its_default(algorithm, option, value, owners):
@@ -105,6 +108,13 @@ def test_all_ignored_options_are_named_at_once():
     with pytest.raises(ConfigError, match=r"--eagle-config \(for eagle\)") as caught:
         convert(export_algorithm="medusa", eagle_config="a.json", draft_vocab_cache="d2t.pt")
     assert "--draft-vocab-cache (for eagle)" in str(caught.value)
+
+
+def test_two_names_of_one_file():
+    with pytest.raises(ConfigError, match="--eagle-config and --algorithm-config are two names of one option: keep"):
+        convert(eagle_config="a.json", algorithm_config="a.json")
+    flags = {"export_eagle_algorithm": "eagle3", "draft_init": "random", "seed": 1234}
+    assert convert(algorithm_config="a.json").algorithm_flags() == flags
 
 
 def test_none_means_absent():

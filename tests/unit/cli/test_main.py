@@ -63,8 +63,8 @@ def test_run_command_reads_the_process_command_line(run_with, monkeypatch):
     ("argv", "message"),
     [
         (["convrt"], "unknown command 'convrt'; did you mean convert?"),
-        (["qqqq"], "unknown command 'qqqq'; commands: convert, export"),
-        ([], "no command; commands: convert, export; see mcore-spec --help"),
+        (["qqqq"], "unknown command 'qqqq'; commands: convert, draft-vocab, finetune, export"),
+        ([], "no command; commands: convert, draft-vocab, finetune, export; see mcore-spec --help"),
         (["export", "--export-dri", "x"], "unknown flag --export-dri; did you mean --export-dir?"),
     ],
 )
@@ -77,8 +77,9 @@ def test_a_wrong_command_line_is_one_line_and_code_2(argv, message, capsys, monk
 def test_the_overview_lists_the_commands(capsys):
     assert entry.main(["--help"]) == 0
     out = capsys.readouterr().out
+    width = max(map(len, entry.COMMANDS))
     for name, command in entry.COMMANDS.items():
-        assert f"  {name:<7}  {command.description}\n" in out
+        assert f"  {name:<{width}}  {command.description}\n" in out
 
 
 def os_error(code: int, path: str | None = None) -> OSError:

@@ -71,6 +71,9 @@ def test_booleans_have_an_off_flag():
         (("--seed", "many"), "--seed = 'many': Input should be a valid integer"),
         (("--seed", "-5"), "--seed = '-5': Input should be greater than or equal to 0"),
         (("--params-dtype", "bf61"), "--params-dtype = 'bf61': Input should be 'bf16', 'fp16', 'fp32'"),
+        (("--params-dtype", "fp31"), "or 'auto'; did you mean fp32?"),
+        (("--export-eagle-algorithm", "eagel3"), "'eagle1', 'eagle3' or 'eagle-mtp'; did you mean eagle3?"),
+        (("--export-eagle-algorithm", "qqqq"), "--export-eagle-algorithm = 'qqqq': Input should be 'eagle1', 'eagle3'"),
         (("--seed", "1", "--seed", "2"), "--seed is given twice, as 1 and 2: keep one"),
         (("--save", "x"), "--save is given twice, as out and x: keep one"),
         (
@@ -83,6 +86,17 @@ def test_booleans_have_an_off_flag():
 )
 def test_wrong_command_lines(argv, message):
     assert message in refusal(*MINIMAL, *argv)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("eagel", "--export-algorithm = 'eagel': not known; did you mean eagle?"),
+        ("qqqq", "--export-algorithm = 'qqqq': not known; choose one of eagle, medusa, none"),
+    ],
+)
+def test_an_algorithm_that_is_not_known(name, message):
+    assert refusal("--export-algorithm", name, "--load", "base", "--save", "out") == message
 
 
 def test_no_abbreviations():

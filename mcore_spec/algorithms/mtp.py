@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.drafts.mtp import MTPDraft
-from mcore_spec.export.llama import llama_config
-from mcore_spec.export.plan import ExportPlan
-from mcore_spec.weights.draft_names import EAGLE_MTP
+from mcore_spec.export.llama import LAYERS, llama_config
+from mcore_spec.export.plan import ExportFormat, ExportPlan, check_hf
+from mcore_spec.weights.draft_names import Table
+
+NAMES: Table = [
+    ("enorm.weight", "enorm.weight"),
+    ("hnorm.weight", "hnorm.weight"),
+    ("eh_proj.weight", "eh_proj.weight"),
+    ("norm.weight", "norm.weight"),
+    *LAYERS,
+]
 
 
-def plan_mtp(draft: MTPDraft, record: CheckpointRecord) -> ExportPlan:
-    """What to write."""
+def plan_mtp(draft: MTPDraft, record: CheckpointRecord, export_format: ExportFormat) -> ExportPlan:
+    """What to write.
+
+    Raises:
+        UnsupportedError: a format that does not know this kind of draft, or layers that engines could not follow.
+    """
+    check_hf(export_format, draft)
     architecture, base = draft.architecture, record.base
     config = {
         "architectures": ["EagleMTPModel"],
@@ -26,4 +39,4 @@ def plan_mtp(draft: MTPDraft, record: CheckpointRecord) -> ExportPlan:
         "No engine loads this directory by itself: engines read multi-token-prediction layers from the base's "
         "own checkpoint. The names are DeepSeek-V3's; the input of `eh_proj` is [embedding ; hidden]."
     )
-    return ExportPlan(config=config, table=EAGLE_MTP, remarks=(remark,))
+    return ExportPlan(config=config, table=NAMES, remarks=(remark,))

@@ -11,9 +11,26 @@ from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.config import BaseArchitecture, EagleArchitectureConfig
 from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.errors import UnsupportedError
-from mcore_spec.export.llama import NUM_DRAFT_TOKENS, llama_config, serving_commands
+from mcore_spec.export.llama import LAYER, LAYERS, NUM_DRAFT_TOKENS, llama_config, serving_commands
 from mcore_spec.export.plan import ExportFormat, ExportPlan, target_to_draft
-from mcore_spec.weights.draft_names import EAGLE3, EAGLE3_SEVERAL_LAYERS
+from mcore_spec.weights.draft_names import Table
+
+_OUTER: Table = [
+    ("fc.weight", "fc.weight"),
+    ("input_norm.weight", "input_norm.weight"),
+    ("fc_norm.{i}.weight", "fc_norm.{i}.weight"),
+    ("norm.weight", "norm.weight"),
+    ("lm_head.weight", "lm_head.weight"),
+    ("d2t", "d2t"),
+]
+# The one layer of a draft, under the name that every engine knows: SGLang drops "layers.0." without a word.
+# Several layers are known as "layers.{i}." only.
+NAMES: Table = [*_OUTER, *((f"layers.0.{name}", f"midlayer.{name}") for name in ("hidden_norm.weight", *LAYER))]
+NAMES_OF_SEVERAL_LAYERS: Table = [
+    *_OUTER,
+    ("layers.0.hidden_norm.weight", "layers.0.hidden_norm.weight"),
+    *LAYERS,
+]
 
 _SPECULATORS_VERSION = "0.9.0"
 
@@ -99,7 +116,7 @@ def _plan_hf(draft: Eagle3Draft, record: CheckpointRecord) -> ExportPlan:
         )
     return ExportPlan(
         config=config,
-        table=EAGLE3 if num_layers == 1 else EAGLE3_SEVERAL_LAYERS,
+        table=NAMES if num_layers == 1 else NAMES_OF_SEVERAL_LAYERS,
         base_head="lm_head.weight" if draft.lm_head is None else None,
         serve=serve,
         extra_files={"extra_llm_api.yaml": _TENSORRT_LLM_YAML},
@@ -144,7 +161,7 @@ def _plan_speculators(draft: Eagle3Draft, record: CheckpointRecord) -> ExportPla
     }
     return ExportPlan(
         config=config,
-        table=EAGLE3_SEVERAL_LAYERS,
+        table=NAMES_OF_SEVERAL_LAYERS,
         base_head="lm_head.weight" if draft.lm_head is None else None,
         base_embedding="embed_tokens.weight",
         computed=computed,
