@@ -1,0 +1,269 @@
+"""Training as a user runs it: the commands one after the other, interruptions, and what users get wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mcore_spec.checkpoint.store import find_checkpoint
+from mcore_spec.cli.main import run_command
+from tests.e2e.conftest import Run, check_refused, make_base, subprocess_environment
+
+pytestmark = pytest.mark.e2e
+REPOSITORY = Path(__file__).resolve().parents[2]
+# Of the demo model's tokenizer.
+VOCAB_SIZE = 49152
+CONVERSATIONS = [
+    ("Name three colours.", "Red, green and blue."),
+    ("What is two plus two?", "Two plus two is four."),
+    ("Say hello in French.", "Bonjour! That is how one says hello in French."),
+    ("Which planet is the largest?", "Jupiter is the largest planet of the solar system."),
+    ("Give me a word that rhymes with house.", "Mouse."),
+    ("Write a very short poem.", "The rain falls soft on roof and stone; the night is long, but not alone."),
+]
+
+
+@pytest.fixture(scope="module")
+def base(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random base with a real tokenizer and chat template."""
+    directory = make_base(tmp_path_factory.mktemp("finetune") / "base", vocab_size=VOCAB_SIZE)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(demo_base / name, directory / name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(base: Path) -> Path:
+    """Conversations in ModelOpt's form."""
+    path = base.parent / "conversations.jsonl"
+    path.write_text("".join(json.dumps(conversation(*turns)) + "\n" for turns in CONVERSATIONS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(base: Path) -> Path:
+    """The base with a draft."""
+    save = base.parent / "converted"
+    words = ["--pretrained-model-path", str(base), "--export-algorithm", "eagle", "--save", str(save)]
+    assert run_command("convert", words) == 0
+    return save
+
+
+def conversation(question: str, answer: str) -> dict[str, Any]:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"conversation_id": question, "conversations": turns}
+
+
+def words(converted: Path, data: Path, save: Path, *more: object) -> list[object]:
+    options = ["--seq-length", 64, "--global-batch-size", 2, "--log-interval", 1, "--split", "5,1,0", "--lr", 1e-3]
+    return ["--load", converted, "--save", save, "--data-path", data, *options, *more]
+
+
+def log_of(save: Path) -> list[dict[str, Any]]:
+    entries = [json.loads(line) for line in (save / "train_log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in entries]
+
+
+def test_from_conversations_to_an_exported_draft(
+    run: Run, base: Path, data: Path, converted: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "trained"
+    done = run("finetune", *words(converted, data, save, "--train-iters", 3))
+    assert done.code == 0, done.err
+    assert "data: 6 conversations" in done.out
+    assert "done: iteration 3 of 3, 6 samples" in done.out
+    entries = log_of(save)
+    assert [entry["iteration"] for entry in entries] == [1, 2, 3, 3]
+    assert {
+        "iteration",
+        "consumed_samples",
+        "consumed_tokens",
+        "loss",
+        "accuracy",
+        "simulated_acceptance_length",
+        "grad_norm",
+        "learning_rate",
+    } <= entries[0].keys()
+    assert entries[0]["learning_rate"] == 1e-3
+    assert {"validation_loss", "validation_accuracy"} <= entries[3].keys()
+    # Given again, there is nothing left to do; with more iterations, the run goes on.
+    again = run("finetune", *words(converted, data, save, "--train-iters", 3))
+    assert (again.code, "nothing to do" in again.out) == (0, True)
+    assert log_of(save) == entries
+    for name, load in (("before", converted), ("after", save)):
+        assert run("export", "--load", load, "--export-dir", tmp_path / name, "--export-extra-modules").code == 0
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    # The head is the base's, frozen, and everything else has learnt.
+    assert [name for name in before if torch.equal(before[name], after[name])] == ["lm_head.weight"]
+    # The base is what it was, bit for bit.
+    assert run("export", "--load", save, "--export-dir", tmp_path / "whole").code == 0
+    original, exported = (load_file(path / "model.safetensors") for path in (base, tmp_path / "whole"))
+    assert all(torch.equal(original[name], exported[name]) for name in original)
+
+
+def test_a_draft_vocabulary_is_counted_and_trained(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
+    vocabulary = ("--pretrained-model-path", base, "--data-path", data, "--output-dir", tmp_path / "vocab")
+    done = run("draft-vocab", *vocabulary, "--draft-vocab-size", 100)
+    assert done.code == 0, done.err
+    assert "100 of 49,152 tokens cover 100.00%" in done.out
+    d2t, t2d = (torch.load(tmp_path / "vocab" / name) for name in ("d2t.pt", "t2d.pt"))
+    assert torch.equal(torch.arange(100) + d2t, t2d.nonzero()[:, 0])
+    draft = ("--export-algorithm", "eagle", "--draft-vocab-cache", tmp_path / "vocab" / "d2t.pt")
+    assert run("convert", "--pretrained-model-path", base, *draft, "--save", tmp_path / "converted").code == 0
+    done = run("finetune", *words(tmp_path / "converted", data, tmp_path / "trained", "--num-epochs", 1))
+    assert done.code == 0, done.err
+    assert len(log_of(tmp_path / "trained")) >= 1
+    refused = run("draft-vocab", *vocabulary, "--draft-vocab-size", 60000)
+    check_refused(refused, "--draft-vocab-size 60000", "49152")
+
+
+INTERRUPTED = ("--train-iters", 60, "--save-interval", 5)
+
+
+def start(*command: object) -> subprocess.Popen[bytes]:
+    """The script in a process of its own, with the threads that every such process has: sums depend on them."""
+    line = [sys.executable, "examples/finetune.py", *map(str, command)]
+    return subprocess.Popen(
+        line, cwd=REPOSITORY, env=subprocess_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+@pytest.fixture(scope="module")
+def never_stopped(data: Path, converted: Path) -> Path:
+    """A run from its beginning to its end."""
+    save = converted.parent / "never_stopped"
+    process = start(*words(converted, data, save, *INTERRUPTED))
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    return save
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    how: signal.Signals, run: Run, data: Path, converted: Path, never_stopped: Path, tmp_path: Path
+) -> None:
+    parts = tmp_path / "parts"
+    process = start(*words(converted, data, parts, *INTERRUPTED))
+    log = parts / "train_log.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 7):
+        time.sleep(0.01)
+    process.send_signal(how)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == (-signal.SIGKILL if how is signal.SIGKILL else 0), out
+    stopped = find_checkpoint(parts).iteration
+    assert 5 <= stopped < 60
+    if how is signal.SIGKILL:
+        assert stopped % 5 == 0
+    process = start(*words(converted, data, parts, *INTERRUPTED))
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    assert b"resumed" in out
+    assert log_of(parts) == log_of(never_stopped)
+    for name, save in (("a", never_stopped), ("b", parts)):
+        assert run("export", "--load", save, "--export-dir", tmp_path / name, "--export-extra-modules").code == 0
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def _bad_line(text: str, directory: Path) -> Path:
+    path = directory / "bad.jsonl"
+    path.write_text(json.dumps(conversation("Hello?", "Hello.")) + "\n" + text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--train-iters", 3, "--num-epochs", 1), ("--train-iters and --num-epochs",)),
+        ((), ("--train-iters, --train-samples, --num-epochs", "none is given")),
+        (("--train-iters", 1, "--global-batch-size", 3, "--micro-batch-size", 2), ("--global-batch-size 3", "2")),
+        (("--train-iters", 1, "--seq-length", 512), ("--seq-length 512", "256 positions")),
+        (("--num-epochs", 1, "--global-batch-size", 64), ("global_batch_size = 64", "give more data or epochs")),
+        (("--train-iters", 1, "--tokenizer-model", "nowhere"), ("tokenizer_model = nowhere",)),
+        (("--train-iters", 1, "--logger", "tensorbored"), ("tensorbored", "tensorboard, wandb, trackio")),
+        (
+            ("--train-iters", 1, "--pipeline-model-parallel-size", 2),
+            ("world size 1", "pipeline_model_parallel_size = 2"),
+        ),
+        (("--train-iters", 1, "--context-parallel-size", 2), ("world size 1", "context_parallel_size = 2")),
+    ],
+)
+def test_what_a_run_is_refused_for(
+    options: tuple[object, ...], says: tuple[str, ...], run: Run, data: Path, converted: Path, tmp_path: Path
+) -> None:
+    given = words(converted, data, tmp_path / "trained")
+    # A flag may be given once.
+    for flag in options[::2]:
+        if flag in given:
+            index = given.index(flag)
+            del given[index : index + 2]
+    check_refused(run("finetune", *given, *options), *says)
+    assert not (tmp_path / "trained" / "latest_checkpointed_iteration.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", ("empty",)),
+        ("{not json\n", ("bad.jsonl:2", "JSON")),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}\n',
+            ("bad.jsonl:2", "user"),
+        ),
+    ],
+)
+def test_data_that_cannot_be_read(text: str, says: tuple[str, ...], run: Run, converted: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    if text:
+        _bad_line(text, tmp_path)
+    else:
+        path.write_text("")
+    check_refused(run("finetune", *words(converted, path, tmp_path / "trained", "--train-iters", 1)), *says)
+
+
+def test_bad_lines_are_left_out_on_request(run: Run, data: Path, converted: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mixed.jsonl"
+    path.write_text(data.read_text() + "{not json\n")
+    more = ("--train-iters", 1, "--on-bad-line", "skip")
+    done = run("finetune", *words(converted, path, tmp_path / "trained", *more))
+    assert done.code == 0, done.err
+    assert "1 unreadable left out" in done.out
+    assert "mixed.jsonl:7" in done.out
+
+
+def test_a_checkpoint_without_a_draft(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
+    plain = ("--pretrained-model-path", base, "--export-algorithm", "none", "--save", tmp_path / "plain")
+    assert run("convert", *plain).code == 0
+    done = run("finetune", *words(tmp_path / "plain", data, tmp_path / "trained", "--train-iters", 1))
+    check_refused(done, "has no draft")
+
+
+def test_weights_that_are_no_numbers(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(base, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    eagle = ("--pretrained-model-path", damaged, "--export-algorithm", "eagle", "--save", tmp_path / "converted")
+    assert run("convert", *eagle).code == 0
+    done = run("finetune", *words(tmp_path / "converted", data, tmp_path / "trained", "--train-iters", 1))
+    check_refused(done, "decoder.layers.3.mlp.linear_fc1.weight", "NaN")
+
+
+def test_a_run_is_not_continued_with_other_data(run: Run, data: Path, converted: Path, tmp_path: Path) -> None:
+    save = tmp_path / "trained"
+    assert run("finetune", *words(converted, data, save, "--train-iters", 1)).code == 0
+    done = run("finetune", *words(converted, data, save, "--train-iters", 2, "--seed", 9))
+    check_refused(done, "seed = 9", "began with 1234")
+    assert find_checkpoint(save).iteration == 1
