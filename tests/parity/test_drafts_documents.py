@@ -187,7 +187,10 @@ def test_recomputing_steps_changes_no_bit_and_keeps_less(name: str, packed: bool
         document_cases.weighted(values, weights).backward()
         results = {key: value.detach() for key, value in values.items()}
         results |= {f"gradient of input {i}": leaf.grad for i, leaf in enumerate(leaves) if leaf.grad is not None}
-        outcomes.append((results | document_cases.parameter_gradients(draft, ONE), sum(saved.values())))
+        # Keys and values reach a step inside of tuples, which the hook does not see.
+        held = sum(2 * BOUNDS[-1] * p.weight.shape[0] * 8 for n, p in draft.named_modules() if n.endswith("k_proj"))
+        kept = sum(saved.values()) + (STEPS * held if recompute else 0)
+        outcomes.append((results | document_cases.parameter_gradients(draft, ONE), kept))
     (plain, plain_bytes), (again, again_bytes) = outcomes
     assert plain.keys() == again.keys()
     different = [key for key, value in plain.items() if not torch.equal(value, again[key])]

@@ -1,0 +1,45 @@
+"""What a draft starts as: near log(vocabulary) from random weights, or as the base without some layers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcore_spec.parallel.layout import Layout
+from tests.pool import RankPool
+from tests.tiny import VOCAB_SIZE, write_hf_model
+
+CASE = "tests.parallel.init_cases:started"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf_model(tmp_path_factory.mktemp("base"), "llama", tied=False)
+
+
+@pytest.mark.parametrize("draft_init", ["random", "base"])
+def test_the_layout_does_not_change_the_start(draft_init: str, rank_pool: RankPool, directory: Path) -> None:
+    (one,) = rank_pool.run(CASE, world_size=1, layout=Layout(), directory=directory, draft_init=draft_init)
+    for layout in (Layout(tensor=2), Layout(pipeline=2)):
+        results = rank_pool.run(CASE, world_size=2, layout=layout, directory=directory, draft_init=draft_init)
+        found = [result for result in results if result is not None]
+        assert found
+        for result in found:
+            assert result["weights"].keys() == one["weights"].keys()
+            assert all(torch.equal(result["weights"][name], tensor) for name, tensor in one["weights"].items())
+
+
+def test_a_warm_start_is_the_base_without_the_layers_between(rank_pool: RankPool, directory: Path) -> None:
+    """With the last aux layer right before the base's last layer there is none between: the draft is the base."""
+    (result,) = rank_pool.run(CASE, world_size=1, layout=Layout(), directory=directory, draft_init="base")
+    torch.testing.assert_close(result["draft"], result["base"], rtol=1e-12, atol=1e-13)
+
+
+def test_a_random_start_knows_nothing_and_says_so(rank_pool: RankPool, directory: Path) -> None:
+    (result,) = rank_pool.run(CASE, world_size=1, layout=Layout(), directory=directory, draft_init="random")
+    entropy = -result["logits"][..., :VOCAB_SIZE].log_softmax(-1).mean()
+    # Logits of standard deviation one (a power of two near it) add half a nat.
+    assert math.log(VOCAB_SIZE) < float(entropy) < math.log(VOCAB_SIZE) + 1.0
