@@ -231,7 +231,7 @@ class _Work:
         if not vocabulary.shares_logits:
             logits = self._draft_logits(hidden, logits)
             highest = row_peak(logits, vocabulary.student.first, self.group).value
-        total = exponentiate(logits.sub_(highest[:, None]), self.group)
+        total = exponentiate(logits, highest, self.group).total
         return _Target(ids, is_kept, logits.mul_((is_kept / total)[:, None]))
 
     def _draft_logits(self, hidden: Tensor, logits: Tensor) -> Tensor:
@@ -251,15 +251,14 @@ class _Work:
         peak = row_peak(logits, head.first, self.group)
         self.predicted[k].index_copy_(0, rows, peak.entry)
         self.expected[k].index_copy_(0, rows, target.ids.index_select(0, step.slots))
-        logits.sub_(peak.value[:, None])
         if target.probabilities is None:
-            entered = self._against_labels(step, logits)
+            entered = self._against_labels(step, logits, peak.value)
         else:
             entered = target.is_kept.index_select(0, step.slots)
             p = step.take(target.probabilities, self._taken_block.block(rows.shape[0], head.width))
-            # Row by row: one float32 dot product over the whole block loses four digits.
-            self.cross[k] += torch.linalg.vecdot(p, logits).sum()
-            total = exponentiate(logits, self.group)
+            total, cross = exponentiate(logits, peak.value, self.group, weights=p)
+            assert cross is not None
+            self.cross[k] += cross.sum()
             self.log_sum[k] += (total.log() * entered).sum()
             if self._wants_gradients:
                 torch.addcmul(p, logits, (1 / total)[:, None], value=-1, out=logits)
@@ -267,8 +266,8 @@ class _Work:
         if self._wants_gradients:
             self._add_gradients(step, hidden, entered, logits)
 
-    def _against_labels(self, step: StepRows, shifted: Tensor) -> Tensor:
-        """Cross-entropy with hard labels; `shifted` becomes onehot - q. Returns which rows entered, bool [m]."""
+    def _against_labels(self, step: StepRows, logits: Tensor, highest: Tensor) -> Tensor:
+        """Cross-entropy with hard labels; `logits` becomes onehot - q. Returns which rows entered, bool [m]."""
         assert self.request.labels is not None
         k, head = step.step, self.request.vocabulary.student
         label = self.request.vocabulary.to_draft(self.request.labels[k].index_select(0, step.rows))
@@ -278,11 +277,11 @@ class _Work:
         is_here = ((column >= 0) & (column < head.width)).to(self.wide)
         column = column.clamp(0, max(head.width - 1, 0))[:, None]
         if head.width > 0:
-            self.cross[k] += shifted.gather(1, column)[:, 0].dot(is_here)
-        total = exponentiate(shifted, self.group)
+            self.cross[k] += ((logits.gather(1, column)[:, 0] - highest) * is_here).sum()
+        total = exponentiate(logits, highest, self.group).total
         self.log_sum[k] += (total.log() * entered).sum()
         if head.width > 0 and self._wants_gradients:
-            shifted.mul_((-1 / total)[:, None]).scatter_add_(1, column, is_here[:, None])
+            logits.mul_((-1 / total)[:, None]).scatter_add_(1, column, is_here[:, None])
         return entered
 
     def _add_gradients(self, step: StepRows, hidden: Tensor, entered: Tensor, descent: Tensor) -> None:

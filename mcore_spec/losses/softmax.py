@@ -17,6 +17,8 @@ from mcore_spec.parallel.collectives import Group, group_size
 # Larger than any vocabulary index: what a rank says that does not hold the maximum.
 NOT_HERE = torch.iinfo(torch.int64).max
 _BLOCK = 64
+# Elements: 4 MiB in float32, and as much for a product that is summed at once.
+_HOST_TILE = 2**20
 
 
 class Peak(NamedTuple):
@@ -72,11 +74,40 @@ def _local_peak(logits: Tensor) -> Peak:
     return Peak(value, columns.gather(1, logits.gather(1, columns).argmax(1, keepdim=True))[:, 0])
 
 
-def exponentiate(shifted: Tensor, group: Group) -> Tensor:
-    """exp in place; returns the sum of each row over the group's slices, [n].
+class Exponentials(NamedTuple):
+    """What is known of each row when its logits have become exponentials.
+
+    Attributes:
+        total: their sum over the group, [n].
+        cross: sum of weight times shifted logit over this rank's slice, [n]; None without weights.
+    """
+
+    total: Tensor
+    cross: Tensor | None
+
+
+def exponentiate(logits: Tensor, highest: Tensor, group: Group, *, weights: Tensor | None = None) -> Exponentials:
+    """logits -> exp(logits - highest), in place.
 
     Args:
-        shifted: this rank's logits minus the row's maximum over the group, [n, width].
+        logits: this rank's slice, [n, width].
+        highest: maximum of each row over the group, [n].
         group: ranks that hold the slices.
+        weights: what the shifted logits are weighed by before they are gone, [n, width].
     """
-    return all_reduce(shifted.exp_().sum(1), dist.ReduceOp.SUM, group)
+    sums, cross = [], []
+    for tile in _tiles(logits):
+        shifted = logits[tile].sub_(highest[tile, None])
+        if weights is not None:
+            # Row by row: one float32 dot product over a whole block loses four digits.
+            cross.append(torch.linalg.vecdot(weights[tile], shifted))
+        sums.append(shifted.exp_().sum(1))
+    total = all_reduce(torch.cat(sums), dist.ReduceOp.SUM, group)
+    return Exponentials(total, torch.cat(cross) if cross else None)
+
+
+def _tiles(block: Tensor) -> list[slice]:
+    """Groups of rows that several passes go over one after the other: on the host, as many as stay in its caches."""
+    num_rows, width = block.shape
+    tile_rows = max(1, _HOST_TILE // max(width, 1)) if block.device.type == "cpu" else num_rows
+    return [slice(start, start + tile_rows) for start in range(0, num_rows, tile_rows)]

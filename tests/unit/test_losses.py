@@ -303,6 +303,27 @@ def test_bfloat16_is_near_float64(name: str) -> None:
         assert torch.linalg.vector_norm(grad.double() - expected) < 0.03 * torch.linalg.vector_norm(expected)
 
 
+@pytest.mark.parametrize("labels", [False, True])
+def test_float32_keeps_its_digits(labels: bool) -> None:
+    """Sums over a vocabulary of 65,536 do not pile up one by one: that lost three more digits."""
+    narrow = make_case(own_head=True, labels=labels, vocab_size=2**16, dtype=torch.float32)
+    wide = Case(*(_widened(value) for value in narrow))
+    ours, theirs = evaluate(narrow, distillation_loss), evaluate(wide, distillation_loss_reference)
+    assert_near(ours.output.loss_by_step.double(), theirs.output.loss_by_step, 1e-6)
+    assert_near(ours.gradients.head.double(), theirs.gradients.head, 1e-6)
+
+
+def test_a_weight_may_get_other_memory() -> None:
+    """As megatron-core's optimizer gives it, after the vocabulary was made."""
+    case = make_case(own_head=True)
+    head = torch.nn.Parameter(torch.zeros_like(case.student_head))
+    vocabulary = Vocabulary(teacher_head=case.teacher_head, vocab_size=VOCAB_SIZE, student_head=head)
+    distillation_loss(case.student, vocabulary=vocabulary, **inputs(case))
+    head.data = case.student_head
+    output = distillation_loss(case.student, vocabulary=vocabulary, **inputs(case))
+    assert torch.equal(output.loss.detach(), evaluate(case, distillation_loss).output.loss)
+
+
 def _widened(value: Any) -> Any:
     if isinstance(value, list):
         return [_widened(item) for item in value]
