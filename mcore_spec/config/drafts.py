@@ -154,6 +154,9 @@ class EagleConfig(StrictConfig):
     eagle_mix_hidden_states: bool = Field(
         False, description="Replace rows of the input by the draft's own states instead of growing keys."
     )
+    eagle_keep_out_of_vocabulary: bool = Field(
+        False, description="Learn from rows whose likeliest token is not in the draft vocabulary too."
+    )
     eagle_architecture_config: EagleArchitectureConfig = Field(
         default_factory=lambda: EagleArchitectureConfig(use_aux_hidden_state=True, use_last_layernorm=True),
         description="The draft module.",
@@ -170,6 +173,15 @@ class EagleConfig(StrictConfig):
             **values,
             "eagle_architecture_config": {**_ARCHITECTURE_FLAGS["eagle3"], **architecture},
         }
+
+    @model_validator(mode="after")
+    def _labels_are_in_the_vocabulary(self) -> EagleConfig:
+        if self.eagle_keep_out_of_vocabulary and not self.eagle_self_logit_distillation:
+            raise ValueError(
+                "eagle_keep_out_of_vocabulary = true needs eagle_self_logit_distillation = true: a label outside of "
+                "the draft vocabulary has no logit"
+            )
+        return self
 
     @property
     def algorithm(self) -> EagleAlgorithm:

@@ -7,7 +7,7 @@ any rank takes its rows (`mcore_spec.parallel.documents.Documents`): nobody afte
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import TypeVar
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from mcore_spec.data.document import BoolArray, Document, IntArray
+from mcore_spec.data.mixing import draw_replaced
 from mcore_spec.data.packing import SampleStream
+from mcore_spec.data.seeds import RandomUse, random_state
 from mcore_spec.errors import ConfigError
 
 __all__ = ["Batch", "DataParallelBatches", "Document", "make_batch"]
@@ -33,6 +35,8 @@ class Batch:
         step_token_ids: int64 [K, rows], the token x[t+1+k] that row t reads at step k; 0 outside of its document.
         counted: bool [K, rows], whether row t is in the loss at step k: m[t+1], m[t+2+k], and t+2+k in the document.
         labels: int64 [K, rows], the token x[t+2+k] that row t predicts at step k; 0 outside of its document.
+        replaced: rows that read the draft's own state after each step but the last, bool [K - 1, rows]; ``None``
+            without mixing.
         bounds: 0, the end of each document's rows; every row belongs to a document.
         lengths: tokens of each document, padding left out.
         num_samples: samples in it.
@@ -43,6 +47,7 @@ class Batch:
     step_token_ids: Tensor
     counted: Tensor
     labels: Tensor
+    replaced: Tensor | None
     bounds: tuple[int, ...]
     lengths: tuple[int, ...]
     num_samples: int
@@ -50,15 +55,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        return Batch(
+        return replace(
+            self,
             token_ids=self.token_ids.to(device),
             step_token_ids=self.step_token_ids.to(device),
             counted=self.counted.to(device),
             labels=self.labels.to(device),
-            bounds=self.bounds,
-            lengths=self.lengths,
-            num_samples=self.num_samples,
-            num_tokens=self.num_tokens,
+            replaced=None if self.replaced is None else self.replaced.to(device),
         )
 
 
@@ -70,6 +73,7 @@ def make_batch(
     row_multiple: int = 1,
     num_samples: int,
     pad_to: int | None = None,
+    mixing: Sequence[np.random.RandomState] | None = None,
 ) -> Batch:
     """Lay documents behind each other.
 
@@ -81,6 +85,7 @@ def make_batch(
         row_multiple: what the number of all rows is padded to a multiple of, behind the last document's tokens.
         num_samples: samples that the documents are of.
         pad_to: rows of each document; ``None``: as many as it needs.
+        mixing: draw `Batch.replaced` with these generators, one a document.
 
     Raises:
         ConfigError: no documents, an empty one, one longer than `pad_to`, or a `pad_to` that is no multiple.
@@ -102,11 +107,16 @@ def make_batch(
     ahead = np.stack([_shifted(token_ids, 1 + j, num_following) for j in range(num_steps + 1)])
     produced = np.stack([_shifted(mask, 1 + j, num_following) for j in range(num_steps + 1)])
     tokens = torch.from_numpy(ahead)
+    replaced = None
+    if mixing is not None:
+        rows = draw_replaced(lengths, bounds[:-1], num_rows=num_rows, num_steps=num_steps, generators=mixing)
+        replaced = torch.from_numpy(rows)
     return Batch(
         token_ids=torch.from_numpy(token_ids),
         step_token_ids=tokens[:-1],
         counted=torch.from_numpy(produced[:1] & produced[1:]),
         labels=tokens[1:],
+        replaced=replaced,
         bounds=tuple(bounds.tolist()),
         lengths=tuple(lengths.tolist()),
         num_samples=num_samples,
@@ -132,6 +142,7 @@ class DataParallelBatches:
         data_size: int,
         num_steps: int,
         row_multiple: int = 1,
+        mixing_seed: int | None = None,
     ) -> None:
         """Take the share of one rank.
 
@@ -143,6 +154,7 @@ class DataParallelBatches:
             data_size: D, how many there are.
             num_steps: TTT steps.
             row_multiple: see `make_batch`.
+            mixing_seed: mix states; the rows depend on it, the sample and the document's place in the sample.
 
         Raises:
             ConfigError: micro-batches of the ranks that do not make up a global batch.
@@ -154,6 +166,7 @@ class DataParallelBatches:
             )
         assert 0 <= data_rank < data_size, "a rank of the data-parallel group"
         self.stream, self.num_steps, self.row_multiple = stream, num_steps, row_multiple
+        self.mixing_seed = mixing_seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.data_rank, self.data_size = data_rank, data_size
 
@@ -176,15 +189,21 @@ class DataParallelBatches:
                 yield self._batch(range(start, stop))
 
     def _batch(self, samples: range) -> Batch:
-        stream = self.stream
-        numbers = [number for sample in samples for number in stream.sample(sample)]
+        stream, seed = self.stream, self.mixing_seed
+        documents, mixing = [], []
+        for sample in samples:
+            for place, number in enumerate(stream.sample(sample)):
+                documents.append(stream.source.document(number))
+                if seed is not None:
+                    mixing.append(random_state(seed, RandomUse.MIXING, sample, place))
         return make_batch(
-            [stream.source.document(number) for number in numbers],
+            documents,
             num_steps=self.num_steps,
             document_multiple=stream.document_multiple,
             row_multiple=self.row_multiple,
             num_samples=len(samples),
             pad_to=None if stream.packing else stream.seq_length,
+            mixing=None if seed is None else mixing,
         )
 
 

@@ -13,12 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from mcore_spec.data.document import DocumentSource, IntArray
+from mcore_spec.data.seeds import RandomUse, random_state
 from mcore_spec.errors import ConfigError
 
 # More fill no better, see `pack`.
 NUM_OPEN_BINS = 64
-# What a stream of random numbers is for; two of one seed must differ.
-_SPLIT_STREAM, _EPOCH_STREAM = 0, 1
 
 
 class Split(NamedTuple):
@@ -58,7 +57,7 @@ def split_documents(num_documents: int, *, weights: Sequence[int] = (98, 2, 0), 
         if weights[use] > 0 and sizes[use] == 0:
             sizes[int(sizes.argmax())] -= 1
             sizes[use] = 1
-    order = _random_state(seed, _SPLIT_STREAM, 0).permutation(num_documents).astype(np.int64)
+    order = random_state(seed, RandomUse.SPLIT, 0).permutation(num_documents).astype(np.int64)
     parts = np.split(order, np.cumsum(sizes)[:-1])
     return Split(*(np.sort(part) for part in parts))
 
@@ -213,7 +212,7 @@ class SampleStream:
         return self._epoch[1]
 
     def _pack_epoch(self, epoch: int) -> Bins:
-        random = _random_state(self.seed, _EPOCH_STREAM, epoch)
+        random = random_state(self.seed, RandomUse.EPOCH, epoch)
         order = random.permutation(len(self._indices))
         if not self.packing:
             return Bins(self._indices[order], np.arange(len(order) + 1, dtype=np.int64))
@@ -222,8 +221,3 @@ class SampleStream:
         shuffled = [bins.bin(number) for number in random.permutation(bins.num_bins)]
         sizes = np.cumsum([len(each) for each in shuffled], dtype=np.int64)
         return Bins(self._indices[order[np.concatenate(shuffled)]], np.concatenate(([0], sizes)))
-
-
-def _random_state(seed: int, stream: int, epoch: int) -> np.random.RandomState:
-    """numpy's frozen generator: a run that is resumed under another numpy must find the same order."""
-    return np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, stream, epoch])

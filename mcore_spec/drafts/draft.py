@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mcore_spec.errors import UnsupportedError
-from mcore_spec.layers.attention import KeyValue
 from mcore_spec.layers.linear import VocabularyHead
 from mcore_spec.parallel.sharding import sharded_state_dict
 from mcore_spec.parallel.tensor_parallel import TensorParallel
@@ -18,59 +16,6 @@ from mcore_spec.parallel.tensor_parallel import TensorParallel
 # Which of the base's hidden states a draft reads: several layers' outputs joined, or the last one after
 # the final norm.
 Reads = Literal["aux", "last"]
-
-
-class StepOutput(NamedTuple):
-    """One TTT step, rows indexed by feature position; each [s or s/size, b, h].
-
-    Attributes:
-        hidden: what the head reads.
-        feedback: what the next step reads in place of the base's features.
-    """
-
-    hidden: Tensor
-    feedback: Tensor
-
-
-class StepResult(NamedTuple):
-    """One TTT step and the keys and values that it adds, one a layer."""
-
-    output: StepOutput
-    added: tuple[KeyValue, ...]
-
-
-# Keys and values of the earlier steps: one entry a layer, in it one entry a step.
-Past = tuple[tuple[KeyValue, ...], ...]
-# (state, embedding, past, step) -> the step.
-OneStep = Callable[[Tensor, Tensor, Past, int], StepResult]
-
-
-def run_steps(
-    one_step: OneStep, state: Tensor, embeddings: Sequence[Tensor], *, num_layers: int, recompute: bool
-) -> list[StepOutput]:
-    """All TTT steps, each fed with the one before.
-
-    Args:
-        one_step: must change none of its arguments.
-        state: what step 0 reads, [s or s/size, b, h].
-        embeddings: one a step, like `state`.
-        num_layers: layers that keep keys and values.
-        recompute: keep the inputs of a step only and run it a second time in backward. It is handed the same
-            keys and values of earlier steps then, and what it adds the second time is dropped. The ranks'
-            collectives run again too, in the order of the first time.
-    """
-    past: Past = ((),) * num_layers
-    outputs = []
-    for step, embedding in enumerate(embeddings):
-        if recompute:
-            # Drafts draw no random numbers: there is no random state to keep.
-            result = checkpoint(one_step, state, embedding, past, step, use_reentrant=False, preserve_rng_state=False)
-        else:
-            result = one_step(state, embedding, past, step)
-        past = tuple((*earlier, new) for earlier, new in zip(past, result.added, strict=True))
-        state = result.output.feedback
-        outputs.append(result.output)
-    return outputs
 
 
 class Draft(nn.Module):

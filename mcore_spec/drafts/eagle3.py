@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mcore_spec.config import BaseArchitecture, EagleConfig
-from mcore_spec.drafts.draft import Draft, Past, Reads, StepOutput, StepResult, draft_to_target, run_steps
+from mcore_spec.drafts.draft import Draft, Reads, draft_to_target
 from mcore_spec.drafts.resolve import resolve_rope
+from mcore_spec.drafts.steps import Mixing, Past, StepOutput, StepResult, run_steps
 from mcore_spec.errors import ConfigError
 from mcore_spec.layers.attention import KeyValue, TTTAttention
 from mcore_spec.layers.decoder import DecoderLayer, LayerShape, gated_mlp, init_linear_weights
@@ -193,6 +194,7 @@ class Eagle3Draft(Draft):
         *,
         documents: Documents | None = None,
         recompute: bool = False,
+        mixing: Mixing | None = None,
     ) -> list[StepOutput]:
         """All TTT steps.
 
@@ -202,13 +204,14 @@ class Eagle3Draft(Draft):
             documents: of one packed row (b = 1), of which the tensors are this context-parallel rank's rows;
                 ``None``: each of the b columns is one document.
             recompute: keep no activations of a step; run it again in backward.
+            mixing: mix the draft's own states into the features instead of growing keys.
 
         Returns:
             One output a step.
         """
         one_step = partial(self._step, documents=documents)
         state = self.fuse(features)
-        return run_steps(one_step, state, embeddings, num_layers=len(self.layers), recompute=recompute)
+        return run_steps(one_step, state, embeddings, num_layers=len(self.layers), recompute=recompute, mixing=mixing)
 
     def _step(
         self, state: Tensor, embedding: Tensor, past: Past, step: int, *, documents: Documents | None

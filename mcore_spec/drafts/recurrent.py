@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from mcore_spec.config import BaseArchitecture, EagleConfig
-from mcore_spec.drafts.draft import Draft, Past, Reads, StepOutput, StepResult, run_steps
+from mcore_spec.drafts.draft import Draft, Reads
 from mcore_spec.drafts.resolve import resolve_rope
+from mcore_spec.drafts.steps import Mixing, Past, StepOutput, StepResult, run_steps
 from mcore_spec.layers.decoder import DecoderLayer, LayerShape, init_linear_weights
 from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.tensor_parallel import Placement
@@ -60,6 +61,7 @@ class RecurrentDraft(Draft):
         *,
         documents: Documents | None = None,
         recompute: bool = False,
+        mixing: Mixing | None = None,
     ) -> list[StepOutput]:
         """All TTT steps.
 
@@ -69,12 +71,15 @@ class RecurrentDraft(Draft):
             documents: of one packed row (b = 1), of which the tensors are this context-parallel rank's rows;
                 ``None``: each of the b columns is one document.
             recompute: keep no activations of a step; run it again in backward.
+            mixing: mix the draft's own states into the features instead of growing keys.
 
         Returns:
             One output a step; the head reads what is fed back.
         """
         one_step = partial(self._step, documents=documents)
-        return run_steps(one_step, features, embeddings, num_layers=len(self.layers), recompute=recompute)
+        return run_steps(
+            one_step, features, embeddings, num_layers=len(self.layers), recompute=recompute, mixing=mixing
+        )
 
     def _step(
         self, state: Tensor, embedding: Tensor, past: Past, step: int, *, documents: Documents | None

@@ -132,6 +132,13 @@ class Documents:
         spans = torch.tensor([stop - start for start, stop in pairwise(self.bounds)])
         return torch.tensor(self.lengths).repeat_interleave(spans)
 
+    def neighbours(self, distance: int) -> Tensor:
+        """Whole-row index of row r + `distance`, or of the nearest row of r's document, int64 [rows]."""
+        parts = [
+            (torch.arange(start, stop) + distance).clamp_(start, stop - 1) for start, stop in pairwise(self.bounds)
+        ]
+        return torch.cat(parts)
+
     def local_rows(self, device: torch.device) -> LocalRows:
         """This rank's rows, on `device`; copied there once."""
         if device not in self._local_rows:

@@ -65,7 +65,7 @@ class Conversations:
         """What this rank trains and validates on."""
         config, group = self.config, model.pg_collection.dp
 
-        def share(stream: SampleStream) -> DataParallelBatches:
+        def share(stream: SampleStream, mixing_seed: int | None = None) -> DataParallelBatches:
             return DataParallelBatches(
                 stream,
                 global_batch_size=self.global_batch_size,
@@ -74,6 +74,7 @@ class Conversations:
                 data_size=group.size(),
                 num_steps=step.num_steps,
                 row_multiple=step.row_multiple,
+                mixing_seed=mixing_seed,
             )
 
         multiple = step.document_multiple
@@ -82,8 +83,9 @@ class Conversations:
             valid = share(self._stream(is_train=False, document_multiple=multiple))
             assert valid.num_batches is not None
             num_valid = min(valid.num_batches, config.eval_iters)
+        mixing_seed = config.seed if step.mixes_hidden_states else None
         return TrainingData(
-            train=share(self._stream(is_train=True, document_multiple=multiple)),
+            train=share(self._stream(is_train=True, document_multiple=multiple), mixing_seed),
             valid=valid,
             num_valid_batches=num_valid,
             settings=self._settings(),

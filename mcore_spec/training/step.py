@@ -16,6 +16,7 @@ from mcore_spec.conversion import conversion_of, find_algorithm
 from mcore_spec.data.batch import Batch
 from mcore_spec.drafts.draft import Draft, draft_to_target
 from mcore_spec.drafts.eagle3 import Eagle3Draft
+from mcore_spec.drafts.steps import Mixing
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.losses.fused import distillation_loss
 from mcore_spec.losses.outcome import LossOutput
@@ -59,6 +60,11 @@ class DraftStep:
         return self.config.eagle_ttt_steps
 
     @property
+    def mixes_hidden_states(self) -> bool:
+        """Whether batches to train on must say which rows read the draft's own state."""
+        return self.config.eagle_mix_hidden_states
+
+    @property
     def document_multiple(self) -> int:
         """What the span of each document must be a multiple of."""
         size = dist.get_world_size(self.context_group)
@@ -84,7 +90,8 @@ class DraftStep:
         step_token_ids = documents.take(batch.step_token_ids, 1)
         embeddings = [self.base.embed(token_ids[None]) for token_ids in step_token_ids]
         assert features.aux is not None
-        outputs = self.draft(features.aux, embeddings, documents=documents, recompute=self.recompute)
+        mixing = self._mixing(batch, documents)
+        outputs = self.draft(features.aux, embeddings, documents=documents, recompute=self.recompute, mixing=mixing)
         tp = self.base.tp
         return distillation_loss(
             [tp.enter(output.hidden)[:, 0] for output in outputs],
@@ -93,8 +100,20 @@ class DraftStep:
             counted=documents.take(batch.counted, 1),
             vocabulary=self.vocabulary,
             decay=self.config.eagle_loss_decay_factor,
+            keep_out_of_vocabulary=self.config.eagle_keep_out_of_vocabulary,
             labels=None if self.config.eagle_self_logit_distillation else documents.take(batch.labels, 1),
         )
+
+    def _mixing(self, batch: Batch, documents: Documents) -> Mixing | None:
+        """How states are mixed; not in validation, which measures what an engine will compute."""
+        if not (self.config.eagle_mix_hidden_states and torch.is_grad_enabled()):
+            return None
+        if batch.replaced is None:
+            raise ConfigError(
+                "eagle_mix_hidden_states = true, but the batch does not say which rows are mixed; give make_batch "
+                "mixing = one random generator a document"
+            )
+        return Mixing(documents.take(batch.replaced, 1), documents, self.base.tp)
 
     def _teacher(self, features: Features, documents: Documents) -> Tensor:
         """The base's last hidden states of the whole row, [rows, h]; its logits are computed block by block."""
@@ -122,8 +141,6 @@ def _trainable(config: object) -> EagleConfig:
         raise UnsupportedError("the draft is not EAGLE-3: training of other drafts is not built yet")
     if not config.eagle_freeze_base_model:
         raise UnsupportedError("eagle_freeze_base_model = false: training the base too is not built yet")
-    if config.eagle_mix_hidden_states:
-        raise UnsupportedError("eagle_mix_hidden_states = true is not built yet")
     return config
 
 

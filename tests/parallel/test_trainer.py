@@ -18,6 +18,10 @@ RUNS = {
     "bf16": (Run(Layout(), dtype="bfloat16", options={"bf16": True}), 1),
     "TP2 PP2+SP": (Run(Layout(tensor=2, pipeline=2, sequence_parallel=True)), 4),
     "CP2 DP2": (Run(Layout(context=2), has_d2t=False), 4),
+    "TP2 CP2+SP, mixed": (
+        Run(Layout(tensor=2, context=2, sequence_parallel=True), draft={"eagle_mix_hidden_states": True}),
+        4,
+    ),
     "DP2, distributed optimizer": (Run(Layout(), options={"use_distributed_optimizer": True}), 2),
     "TP2 DP2, bf16, distributed optimizer": (
         Run(Layout(tensor=2), dtype="bfloat16", options={"use_distributed_optimizer": True, "bf16": True}),
@@ -53,6 +57,13 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     assert whole[0]["learning_rate"] == pytest.approx(1e-2)
     assert len(whole[0]["accuracy"]) == 3
     assert whole[2]["loss"] < whole[0]["loss"]
+
+
+def test_states_are_mixed_in_training_alone(rank_pool: RankPool, directory: Path) -> None:
+    (result,) = rank_pool.run(f"{CASES}:unmixed_batches", world_size=1, directory=directory)
+    assert "the batch does not say which rows are mixed; give make_batch mixing" in result["error"]
+    mixed, plain = result["losses"]
+    assert mixed == plain > 0
 
 
 def test_a_step_without_finite_gradients_changes_nothing(rank_pool: RankPool, directory: Path, tmp_path: Path) -> None:

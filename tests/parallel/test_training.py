@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mcore_spec.parallel.layout import Layout
-from tests.parallel.training_cases import CASES, DECAY, LENGTHS, NUM_STEPS, documents, drawn_weights
+from tests.parallel.training_cases import CASES, DECAY, LENGTHS, NUM_STEPS, documents, drawn_weights, replaced_rows
 from tests.pool import RankPool
 from tests.reference.drafts import Shape
 from tests.reference.training import Document, Objective, eagle3_objective
@@ -63,7 +63,7 @@ class Expected:
         )  # fmt: skip
         cut = [index for part in case.cut for index in part]
         made = [
-            Document(each.token_ids.tolist(), each.mask.tolist(), *inputs["states"][index])
+            Document(each.token_ids.tolist(), each.mask.tolist(), *inputs["states"][index], replaced_rows(index))
             for index, each in enumerate(documents())
             if index in cut
         ]
@@ -78,6 +78,8 @@ class Expected:
             decay=DECAY,
             target_ids=(d2t + torch.arange(d2t.shape[0])).tolist() if case.has_d2t else None,
             hard_labels=case.hard_labels,
+            keep_out_of_vocabulary=case.keeps_all,
+            mixes_states=case.mixes_states,
         )
         self.objective.loss.backward()
 

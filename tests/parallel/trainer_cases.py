@@ -20,9 +20,9 @@ from torch import Tensor
 from mcore_spec.checkpoint.store import find_checkpoint, load_checkpoint, make_record
 from mcore_spec.config import TrainingConfig
 from mcore_spec.conversion import convert
-from mcore_spec.data.batch import Batch, DataParallelBatches, Document
+from mcore_spec.data.batch import Batch, DataParallelBatches, Document, make_batch
 from mcore_spec.data.packing import SampleStream
-from mcore_spec.errors import TrainingError
+from mcore_spec.errors import ConfigError, TrainingError
 from mcore_spec.parallel.layout import Layout, is_rank_zero, num_data_ranks, parallel_runtime
 from mcore_spec.training.log import JsonLinesLogger, Logger
 from mcore_spec.training.megatron_lm import MegatronForwardStep
@@ -56,12 +56,14 @@ class Run(NamedTuple):
         layout: of the ranks.
         dtype: of base and draft.
         has_d2t: whether the draft vocabulary is reduced.
+        draft: fields of the draft's configuration.
         options: of `TrainingConfig`.
     """
 
     layout: Layout
     dtype: str = "float32"
     has_d2t: bool = True
+    draft: dict[str, Any] = {}
     options: dict[str, Any] = {}
 
 
@@ -102,6 +104,7 @@ def make_data(config: TrainingConfig, corpus: Corpus, model: GPTModel, step: Dra
             data_size=model.pg_collection.dp.size(),
             num_steps=step.num_steps,
             row_multiple=step.row_multiple,
+            mixing_seed=config.seed if step.mixes_hidden_states else None,
         )
 
     return TrainingData(train=share(None), valid=share(1), num_valid_batches=2, settings={"seed": config.seed})
@@ -109,7 +112,7 @@ def make_data(config: TrainingConfig, corpus: Corpus, model: GPTModel, step: Dra
 
 def converted(directory: Path, run: Run) -> GPTModel:
     model = import_base(directory, run.layout, dtype=run.dtype).model
-    convert(model, "eagle", d2t=draft_to_target() if run.has_d2t else None)
+    convert(model, [("eagle", run.draft)], d2t=draft_to_target() if run.has_d2t else None)
     return model
 
 
@@ -213,6 +216,21 @@ def non_finite(*, directory: Path, save: Path, bad: tuple[int, ...]) -> dict[str
             logger.close()
         same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(seen, seen[1:], strict=False)]
         return {"same": same, "progress": asdict(trainer.progress), "error": error}
+
+
+def unmixed_batches(*, directory: Path) -> dict[str, Any]:
+    """A step that mixes states, given a batch that does not say which: to train on, and to validate on."""
+    run = Run(Layout(), draft={"eagle_mix_hidden_states": True})
+    with parallel_runtime(run.layout):
+        step = DraftStep(converted(directory, run))
+        batch = make_batch([CORPUS.document(0)], num_steps=step.num_steps, num_samples=1)
+        try:
+            step(batch)
+        except ConfigError as raised:
+            error = str(raised)
+        plain = DraftStep(converted(directory, Run(Layout())))
+        with torch.no_grad():
+            return {"error": error, "losses": [float(each(batch).loss) for each in (step, plain)]}
 
 
 def overfit(*, directory: Path, save: Path) -> tuple[Progress, list[float]]:

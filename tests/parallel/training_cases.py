@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
@@ -14,6 +15,7 @@ from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.config import TrainingConfig
 from mcore_spec.conversion import convert
 from mcore_spec.data.batch import Batch, Document, make_batch
+from mcore_spec.data.seeds import RandomUse, random_state
 from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.parallel.sharding import Shard, gather_whole, sharded_tensors
 from mcore_spec.training.optimizer import DraftOptimizer
@@ -36,6 +38,8 @@ class Case(NamedTuple):
         hard_labels: the data's next token instead of the base's distribution.
         cut: documents of each micro-batch, in order; shared out over the data-parallel ranks in turn.
         recompute: activations of each TTT step.
+        mixes_states: the draft's own with the base's, instead of growing keys.
+        keeps_all: rows whose teacher argmax is not in the draft vocabulary too.
     """
 
     architecture: dict[str, Any]
@@ -43,6 +47,8 @@ class Case(NamedTuple):
     hard_labels: bool = False
     cut: tuple[tuple[int, ...], ...] = ((0, 1, 2), (3, 4), (5,), (6,))
     recompute: bool = False
+    mixes_states: bool = False
+    keeps_all: bool = False
 
 
 CASES = {
@@ -53,6 +59,9 @@ CASES = {
     "one row": Case({}, cut=((0, 1, 2, 3, 4, 5, 6), ()), has_d2t=True),
     "one document each": Case({}, cut=((6,), (5,), (4,), (3,), (2,), (1,), (0,), ())),
     "recompute": Case({}, recompute=True),
+    "mixed": Case({"num_hidden_layers": 2}, mixes_states=True),
+    "mixed, one row, recompute": Case({}, cut=((6, 5, 4, 3, 2, 1, 0), ()), mixes_states=True, recompute=True),
+    "all rows kept": Case({}, has_d2t=True, keeps_all=True),
 }
 LENGTHS = (9, 2, 14, 1, 7, 12, 5)
 
@@ -72,6 +81,18 @@ def documents() -> list[Document]:
     return made
 
 
+def mixing_state(number: int) -> np.random.RandomState:
+    """What decides which rows of a document are mixed, wherever the document stands."""
+    return random_state(5, RandomUse.MIXING, number)
+
+
+def replaced_rows(number: int) -> list[list[bool]]:
+    """Of a document that stands alone."""
+    batch = make_batch([documents()[number]], num_steps=NUM_STEPS, num_samples=1, mixing=[mixing_state(number)])
+    assert batch.replaced is not None
+    return batch.replaced.tolist()
+
+
 def converted(directory: Path, layout: Layout, case: Case) -> GPTModel:
     model = import_base(directory, layout).model
     _favour_a_token(MegatronBase(model))
@@ -79,6 +100,8 @@ def converted(directory: Path, layout: Layout, case: Case) -> GPTModel:
         "eagle_ttt_steps": NUM_STEPS,
         "eagle_loss_decay_factor": DECAY,
         "eagle_self_logit_distillation": not case.hard_labels,
+        "eagle_mix_hidden_states": case.mixes_states,
+        "eagle_keep_out_of_vocabulary": case.keeps_all,
         "eagle_architecture_config": case.architecture,
     }
     convert(model, [("eagle", config)], d2t=draft_to_target() if case.has_d2t else None)
@@ -108,6 +131,7 @@ def batches(model: GPTModel, step: DraftStep, case: Case) -> Iterator[Batch]:
             continue
         yield make_batch(
             [every[index] for index in cut] or [empty],
+            mixing=[mixing_state(index) for index in cut or (4,)] if case.mixes_states else None,
             num_steps=NUM_STEPS,
             document_multiple=step.document_multiple,
             row_multiple=step.row_multiple,

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from mcore_spec.drafts.draft import StepOutput
 from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.medusa import MedusaDraft
+from mcore_spec.drafts.steps import StepOutput
 from mcore_spec.errors import UnsupportedError
 from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.layout import Layout

@@ -259,6 +259,40 @@ def eagle3(
     return outputs
 
 
+def eagle3_mixed(
+    weights: Weights,
+    shape: Shape,
+    aux: Tensor,
+    embedding: Tensor,
+    head: Tensor | None,
+    replaced: list[list[bool]],
+) -> list[StepOutput]:
+    """EAGLE-3 with mixed states: row p reads x[p+1] at every step, sees rows 0..p of its step and predicts x[p+2].
+
+    `embedding` [s, b, h] has e(x[p+1]) in row p. Where `replaced[k][p]`, row p reads from step k + 1 on what row p - 1
+    fed back at step k.
+    """
+    states = list(eagle3_start(weights, shape, aux).unbind(0))
+    positions, outputs = list(range(len(states))), []
+    for step in range(len(replaced) + 1):
+        caches: list[Cache] = [TrainingCache() for _ in range(shape.num_layers)]
+        output = eagle3_step(
+            weights,
+            shape,
+            torch.stack(states),
+            embedding,
+            head,
+            positions,
+            caches,
+            norm_before_residual=False,
+            norm_output=False,
+        )
+        outputs.append(output)
+        if step < len(replaced):
+            states = [output.feedback[p - 1] if replaced[step][p] else states[p] for p in positions]
+    return outputs
+
+
 def eagle3_serve(
     weights: Weights,
     shape: Shape,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.reference.drafts import Shape, Weights, eagle3
+from tests.reference.drafts import Shape, Weights, eagle3, eagle3_mixed
 
 
 class Document(NamedTuple):
@@ -23,6 +23,8 @@ class Document(NamedTuple):
     """[s, n*h], outputs of the aux layers, joined."""
     last: Tensor
     """[s, h], after the final norm."""
+    replaced: list[list[bool]]
+    """[K - 1][s], which rows read the draft's own state after each step, where states are mixed."""
 
 
 class Objective(NamedTuple):
@@ -46,6 +48,8 @@ def eagle3_objective(
     decay: float,
     target_ids: list[int] | None = None,
     hard_labels: bool = False,
+    keep_out_of_vocabulary: bool = False,
+    mixes_states: bool = False,
 ) -> Objective:
     """Loss and statistics of one optimizer step.
 
@@ -60,7 +64,11 @@ def eagle3_objective(
         tokens, mask, length = document.token_ids, document.mask, len(document.token_ids)
         inputs = [[tokens[t + 1 + k] if t + 1 + k < length else 0 for t in range(length)] for k in range(num_steps)]
         embeddings = [embedding[torch.tensor(step)][:, None] for step in inputs]
-        outputs = eagle3(weights, shape, document.aux[:, None], embeddings, own_head)
+        aux = document.aux[:, None]
+        if mixes_states:
+            outputs = eagle3_mixed(weights, shape, aux, embeddings[0], own_head, document.replaced)
+        else:
+            outputs = eagle3(weights, shape, aux, embeddings, own_head)
         for t in range(length):
             is_alive = True
             for k in range(num_steps):
@@ -69,7 +77,8 @@ def eagle3_objective(
                     is_alive = False
                     continue
                 teacher = F.linear(document.last[t + 1 + k], head)
-                student = outputs[k].logits[t, 0]
+                # Mixed, the row that reads x[t+1+k] is row t + k at every step.
+                student = outputs[k].logits[t + k if mixes_states else t, 0]
                 best = int(teacher.argmax())
                 judged[k] += 1
                 if ids[int(student.argmax())] == best:
@@ -83,7 +92,7 @@ def eagle3_objective(
                         continue
                     row_loss = -log_q[ids.index(tokens[target])]
                 else:
-                    if best not in ids:
+                    if best not in ids and not keep_out_of_vocabulary:
                         continue
                     p = teacher[torch.tensor(ids)].softmax(0)
                     row_loss = -(p * log_q).sum()

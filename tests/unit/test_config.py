@@ -117,6 +117,12 @@ def test_reuse_of_the_base_decoder_is_for_mtp() -> None:
             check_supported(config)
 
 
+def test_labels_outside_of_the_vocabulary_cannot_be_learnt() -> None:
+    said = "eagle_keep_out_of_vocabulary = true needs eagle_self_logit_distillation = true"
+    with pytest.raises(ConfigError, match=said):
+        EagleConfig.parse({"eagle_keep_out_of_vocabulary": True, "eagle_self_logit_distillation": False})
+
+
 def test_configs_are_frozen_and_survive_json() -> None:
     config = EagleConfig.parse(
         {"eagle_architecture_config": {"eagle_aux_hidden_state_layer_ids": [1, 2], "rope_scaling": {"factor": 2.0}}}

@@ -106,12 +106,42 @@ def test_the_first_answer_token_is_read_by_a_row_that_counts() -> None:
 
 
 def test_a_batch_moves_whole() -> None:
-    batch = make_batch(documents(), num_steps=2, num_samples=5)
+    mixing = [np.random.RandomState(number) for number in range(len(LENGTHS))]
+    batch = make_batch(documents(), num_steps=2, num_samples=5, mixing=mixing)
     moved = batch.to(torch.device("meta"))
-    for name in ("token_ids", "step_token_ids", "counted", "labels"):
+    for name in ("token_ids", "step_token_ids", "counted", "labels", "replaced"):
         assert getattr(moved, name).device.type == "meta"
         assert getattr(moved, name).shape == getattr(batch, name).shape
     assert (moved.bounds, moved.lengths, moved.num_samples, moved.num_tokens) == (batch.bounds, LENGTHS, 5, 53)
+
+
+def test_as_many_rows_are_mixed_as_modelopt_mixes() -> None:
+    mixing = [np.random.RandomState(number) for number in range(len(LENGTHS))]
+    batch = make_batch(documents(), num_steps=4, document_multiple=4, num_samples=1, mixing=mixing)
+    assert batch.replaced is not None
+    assert batch.replaced.shape == (3, batch.bounds[-1])
+    for start, stop, length in zip(batch.bounds, batch.bounds[1:], LENGTHS, strict=False):
+        rows = batch.replaced[:, start:stop]
+        # Of a single token there is no row before; of two, one row has one.
+        wanted = [0] * 3 if length == 1 else [max(1, length // divisor) for divisor in (2, 3, 5)]
+        assert rows.sum(1).tolist() == wanted
+        assert not rows[:, 0].any(), "the first row has none before it"
+        assert not rows[:, length:].any(), "padding is not among them"
+    assert make_batch(documents(), num_steps=4, num_samples=1).replaced is None
+
+
+def test_mixed_rows_are_drawn_evenly_and_anew_at_each_step() -> None:
+    made = [Document(np.ones(9, np.int64), np.ones(9, np.bool_))]
+    drawn = np.zeros((2, 9))
+    num_alike = 0
+    for number in range(4000):
+        batch = make_batch(made, num_steps=3, num_samples=1, mixing=[np.random.RandomState(number)])
+        assert batch.replaced is not None
+        drawn += batch.replaced.numpy()
+        num_alike += int((batch.replaced[0] & batch.replaced[1]).sum())
+    # 4 of 8 rows and 3 of 8: five standard deviations of 4,000 draws are 0.04.
+    assert np.abs(drawn[:, 1:] / 4000 - [[4 / 8], [3 / 8]]).max() < 0.04
+    assert abs(num_alike / 4000 - 8 * (4 / 8) * (3 / 8)) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -145,10 +175,22 @@ def stream(**options: Any) -> SampleStream:
 
 
 def share(
-    samples: SampleStream, *, rank: int = 0, size: int = 1, micro: int = 2, whole: int = 8
+    samples: SampleStream,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    micro: int = 2,
+    whole: int = 8,
+    mixing_seed: int | None = None,
 ) -> DataParallelBatches:
     return DataParallelBatches(
-        samples, global_batch_size=whole, micro_batch_size=micro, data_rank=rank, data_size=size, num_steps=2
+        samples,
+        global_batch_size=whole,
+        micro_batch_size=micro,
+        data_rank=rank,
+        data_size=size,
+        num_steps=2,
+        mixing_seed=mixing_seed,
     )
 
 
@@ -174,6 +216,30 @@ def test_batches_do_not_depend_on_the_number_of_ranks(*, packing: bool) -> None:
             assert [numbers(batch) for batch in in_turn] == pairs
             if not packing:
                 assert {batch.bounds for batch in in_turn} == {(0, 32, 64)}
+
+
+def mixed_rows(samples: SampleStream, **options: Any) -> list[list[bool]]:
+    """Of every document of global batches 0, 1 and 2 in the stream's order, padding left out."""
+    shares = [share(samples, rank=rank, **options) for rank in range(options.get("size", 1))]
+    found = []
+    for index in range(3):
+        for turn in zip(*(each.micro_batches(index) for each in shares), strict=True):
+            for batch in turn:
+                assert batch.replaced is not None
+                for start, length in zip(batch.bounds, batch.lengths, strict=False):
+                    found.append(batch.replaced[0, start : start + length].tolist())
+    return found
+
+
+def test_mixed_rows_depend_on_seed_and_sample_alone() -> None:
+    expected = mixed_rows(stream(), mixing_seed=3)
+    assert mixed_rows(stream(), mixing_seed=3, micro=4) == expected
+    assert mixed_rows(stream(), mixing_seed=3, micro=1, size=4) == expected
+    assert mixed_rows(stream(), mixing_seed=4) != expected
+    # A document that comes again in the next epoch is mixed in another way.
+    again = SampleStream(Memory(1, longest=16), np.arange(1), seq_length=16, seed=2)
+    assert len({tuple(rows) for rows in mixed_rows(again, mixing_seed=3)}) > 1
+    assert next(share(stream()).micro_batches(0)).replaced is None
 
 
 def test_a_rank_takes_the_micro_batches_of_its_number() -> None:

@@ -92,6 +92,13 @@ def test_positions_and_lengths_restart(size: int) -> None:
     assert Documents([0, 4, 6]).lengths == (4, 2)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_neighbours_stay_inside_of_the_document(size: int) -> None:
+    documents = documents_of_ranks([0, 4, 12], size)[0]
+    assert documents.neighbours(-1).tolist() == [0, 0, 1, 2, 4, 4, 5, 6, 7, 8, 9, 10]
+    assert documents.neighbours(2).tolist() == [2, 3, 3, 3, 6, 7, 8, 9, 10, 11, 11, 11]
+
+
 def test_one_whole_document_is_told_from_the_rest() -> None:
     assert Documents([0, 5]).is_single
     assert not Documents([0, 2, 5]).is_single
