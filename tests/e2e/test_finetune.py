@@ -112,6 +112,33 @@ def test_from_conversations_to_an_exported_draft(
     assert all(torch.equal(original[name], exported[name]) for name in original)
 
 
+@pytest.mark.parametrize("layout", [("--tensor-model-parallel-size", 2, "--sequence-parallel"), ("--bf16",)])
+def test_two_ranks_under_torchrun_write_one_log(
+    layout: tuple[object, ...], run: Run, data: Path, converted: Path, tmp_path: Path
+) -> None:
+    """Tensor and sequence parallel; data parallel in bfloat16. Beside one process with the same numeric type."""
+    both = ("--train-iters", 2, "--seed", 7)
+    numeric = [word for word in layout if word == "--bf16"]
+    alone = run("finetune", *words(converted, data, tmp_path / "one", *both, *numeric))
+    assert alone.code == 0, alone.err
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "examples/finetune.py"]
+    command = [*torchrun, *words(converted, data, tmp_path / "two", *both, *layout)]
+    done = subprocess.run(
+        [str(word) for word in command], cwd=REPOSITORY, env=subprocess_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done: iteration 2 of 2") == 1, "rank 0 speaks"
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    # Sums in another order, in float32 or with bfloat16 products; five digits of 7 and three of 3.
+    tolerance = 2e-2 if numeric else 1e-4
+    assert [entry["consumed_tokens"] for entry in two if "loss" in entry] == [
+        entry["consumed_tokens"] for entry in one if "loss" in entry
+    ]
+    for ours, theirs in zip(two, one, strict=True):
+        key = "loss" if "loss" in ours else "validation_loss"
+        assert ours[key] == pytest.approx(theirs[key], rel=tolerance)
+
+
 def test_a_draft_vocabulary_is_counted_and_trained(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
     vocabulary = ("--pretrained-model-path", base, "--data-path", data, "--output-dir", tmp_path / "vocab")
     done = run("draft-vocab", *vocabulary, "--draft-vocab-size", 100)

@@ -65,8 +65,9 @@ def test_every_form_in_every_file(name: str, tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     path = tmp_path / "x.parquet"
     rows = [{"messages": talk("a", "b", system="s"), "n": 1}, {"messages": talk("c", "d"), "n": 2}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mcore_spec.config import TrainingConfig
 from mcore_spec.drafts.vocab_map import check_draft_to_target, select_draft_vocabulary, target_to_draft
 from mcore_spec.errors import ConfigError
 from mcore_spec.losses.outcome import LossOutput
-from mcore_spec.training.log import JsonLinesLogger, brief, draw_curves, scalars
+from mcore_spec.training.log import JsonLinesLogger, TensorBoardLogger, brief, draw_curves, scalars
 from mcore_spec.training.totals import Totals
 
 ENTRY: dict[str, Any] = {
@@ -80,18 +81,33 @@ def test_an_entry_in_single_numbers_and_in_few_words() -> None:
     assert brief(validation) == "validation loss 1.5000, accuracy 0.500 0.250, acceptance length 1.750"
 
 
-def test_curves_are_drawn_or_left_out(tmp_path: Path) -> None:
+def test_curves_are_drawn_or_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = JsonLinesLogger(tmp_path, iteration=0)
     log.write(ENTRY)
     log.close()
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    path = draw_curves(tmp_path)
+    assert path is not None
+    assert path.read_bytes().startswith(b"\x89PNG")
+    path.unlink()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib.figure", None)
         assert draw_curves(tmp_path) is None
-    else:
-        path = draw_curves(tmp_path)
-        assert path is not None
-        assert path.read_bytes().startswith(b"\x89PNG")
+    assert not path.exists()
+
+
+def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = TensorBoardLogger(tmp_path)
+    for iteration in (4, 8):
+        log.write({**ENTRY, "iteration": iteration, "loss": 1.5 / iteration})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    names = {"loss", "accuracy/step_0", "accuracy/step_1", "simulated_acceptance_length", "tokens_per_second"}
+    assert set(events.Tags()["scalars"]) == names
+    assert [(each.step, each.value) for each in events.Scalars("loss")] == [(4, 0.375), (8, 0.1875)]
+    assert events.Scalars("accuracy/step_1")[1].value == 0.25
 
 
 def test_totals_are_sums_and_means_are_over_rows() -> None:
