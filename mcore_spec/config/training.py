@@ -40,6 +40,11 @@ class TrainingConfig(DataConfig):
     num_epochs: int | None = Field(None, ge=1, description="Times to go through the training conversations.")
     lr: float = Field(1e-4, gt=0, description="Highest learning rate.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
+    lr_scaling: Literal["width", "none"] = Field(
+        "width",
+        description="width: matrices that do not start as the base's rows learn at 4096 / hidden_size times --lr and "
+        "--min-lr (muP), so that one rate fits bases of every size. none: --lr for all.",
+    )
     lr_decay_style: DecayStyle = Field("cosine", description="Shape of the decay, which ends with the run.")
     lr_warmup_iters: int = Field(0, ge=0, description="Steps of linear warm-up.")
     clip_grad: float = Field(0.5, ge=0, description="Largest norm of the draft's gradient; 0: no limit.")
@@ -58,6 +63,13 @@ class TrainingConfig(DataConfig):
     save_interval: int | None = Field(None, ge=1, description="Steps between two checkpoints. Default: at the end.")
     eval_interval: int | None = Field(None, ge=1, description="Steps between two validations. Default: at the end.")
     eval_iters: int = Field(10, ge=0, description="Batches of a validation at most; 0: none.")
+    eval_acceptance_interval: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between two measurements of the acceptance length, by speculative decoding of questions of "
+        "the validation conversations. Default: none.",
+    )
+    eval_acceptance_samples: int = Field(8, ge=1, description="Questions of such a measurement at most.")
     logger: str | None = Field(
         None, description="Where the log goes besides train_log.jsonl: of tensorboard, wandb, trackio, with commas."
     )

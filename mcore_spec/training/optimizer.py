@@ -17,13 +17,23 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    ParamWithNamePredicate,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
+from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.config import TrainingConfig
 from mcore_spec.parallel import cpu_runtime
 
+# Width of the models for which learning rates of drafts are published (Llama-3.1-8B and its like).
+REFERENCE_WIDTH = 4096
 # Parts of AdamW's state that have the parameter's shape.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -40,6 +50,29 @@ class StepResult(NamedTuple):
     grad_norm: float
     learning_rate: float
     is_finite: bool
+
+
+def _overrides(
+    model: GPTModel, config: TrainingConfig, optimizer_config: OptimizerConfig
+) -> dict[ParamKey, ParamGroupOverride]:
+    """megatron-core's own (no decay on norms and biases), and the learning rate of matrices.
+
+    Adam's step of a matrix entry is as large as the learning rate, and a product sums over as many entries as the
+    model is wide: the rate that moves outputs equally far falls with the width (Yang et al., arXiv 2203.03466). A head
+    of the draft's own starts as the base's rows and is left at the rate for vectors.
+    """
+    overrides = get_standard_config_overrides(optimizer_config)
+    if config.lr_scaling == "width":
+        draft = MegatronBase(model).draft()
+        heads = set() if draft is None else {id(head.weight) for head in draft.own_heads()}
+
+        def is_scaled(parameter: nn.Parameter, _name: str) -> bool:
+            return parameter.dim() > 1 and id(parameter) not in heads
+
+        factor = REFERENCE_WIDTH / model.config.hidden_size
+        key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="matrices of the draft", fn=is_scaled))
+        overrides[key] = ParamGroupOverride(max_lr=factor * config.lr, min_lr=factor * config.min_lr)
+    return overrides
 
 
 class DraftOptimizer:
@@ -78,7 +111,9 @@ class DraftOptimizer:
             use_distributed_optimizer=self.is_distributed,
         )
         with nullcontext() if torch.cuda.is_available() else cpu_runtime.tensor_types_of_cuda():
-            self.optimizer = get_megatron_optimizer(optimizer_config, [self.ddp])
+            self.optimizer = get_megatron_optimizer(
+                optimizer_config, [self.ddp], config_overrides=_overrides(model, config, optimizer_config)
+            )
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -113,7 +148,7 @@ class DraftOptimizer:
         self.optimizer.prepare_grads()
         grad_norm = self._grad_norm()
         is_finite = math.isfinite(grad_norm)
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        learning_rate = self.scheduler.get_lr({})
         if is_finite:
             self._clip(grad_norm)
             self.optimizer.step_with_ready_grads()

@@ -65,7 +65,8 @@ def conversation(question: str, answer: str) -> dict[str, Any]:
 
 
 def words(converted: Path, data: Path, save: Path, *more: object) -> list[object]:
-    options = ["--seq-length", 64, "--global-batch-size", 2, "--log-interval", 1, "--split", "5,1,0", "--lr", 1e-3]
+    options = ["--seq-length", 64, "--global-batch-size", 2, "--log-interval", 1, "--split", "5,1,0"]
+    options += ["--lr", 1e-3, "--lr-scaling", "none"]
     return ["--load", converted, "--save", save, "--data-path", data, *options, *more]
 
 

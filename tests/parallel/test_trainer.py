@@ -27,7 +27,10 @@ RUNS = {
         Run(Layout(tensor=2), dtype="bfloat16", options={"use_distributed_optimizer": True, "bf16": True}),
         4,
     ),
-    "PP2 DP2, distributed optimizer": (Run(Layout(pipeline=2), options={"use_distributed_optimizer": True}), 4),
+    "PP2 DP2, distributed optimizer": (
+        Run(Layout(pipeline=2), options={"use_distributed_optimizer": True, "lr_scaling": "width", "lr": 1e-4}),
+        4,
+    ),
 }
 
 
@@ -54,7 +57,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     whole, parts = results[0]["logs"]
     assert [line["iteration"] for line in whole] == [2, 4, 6, 6]
     assert parts == whole
-    assert whole[0]["learning_rate"] == pytest.approx(1e-2)
+    assert whole[0]["learning_rate"] == pytest.approx(run.options.get("lr", 1e-2))
     assert len(whole[0]["accuracy"]) == 3
     assert whole[2]["loss"] < whole[0]["loss"]
 
@@ -82,6 +85,19 @@ def test_three_such_steps_in_a_row_end_the_run(rank_pool: RankPool, directory: P
     assert "3 steps in a row" in result["error"]
     assert "iteration 4 is intact" in result["error"]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "4"
+
+
+@pytest.mark.parametrize("scaling", ["width", "none"])
+def test_matrices_learn_at_the_rate_of_their_width(scaling: str, rank_pool: RankPool, directory: Path) -> None:
+    options = {"lr": 3e-4, "min_lr": 1e-5, "lr_scaling": scaling}
+    (found,) = rank_pool.run(f"{CASES}:learning_rates", world_size=1, directory=directory, options=options)
+    # The tiny base is 16 wide; norms, and a head that starts as the base's rows, learn at --lr.
+    factor = 4096 / 16 if scaling == "width" else 1
+    assert len(found["rates"]) > 8
+    for name, rates in found["rates"].items():
+        scale = 1 if "norm" in name or name == "lm_head.weight" else factor
+        assert rates == pytest.approx([3e-4 * scale, 1e-5 * scale]), name
+    assert found["reported"] == pytest.approx(3e-4)
 
 
 def test_a_few_conversations_are_learnt_by_heart(rank_pool: RankPool, directory: Path, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def config_of(run: Run, **changes: Any) -> TrainingConfig:
         "train_iters": 6,
         "seq_length": 16,
         "lr": 1e-2,
+        "lr_scaling": "none",
         "lr_warmup_iters": 2,
         "log_interval": 2,
         "weight_decay": 0.1,
@@ -247,6 +248,23 @@ def overfit(*, directory: Path, save: Path) -> tuple[Progress, list[float]]:
         means = trainer.evaluate()
         assert means is not None
         return trainer.progress, means.accuracy
+
+
+def learning_rates(*, directory: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Each parameter's learning rate in a run of 4 steps: the highest, behind the warm-up, and the one of the end."""
+    run = Run(Layout())
+    with parallel_runtime(run.layout):
+        model = converted(directory, run)
+        optimizer = DraftOptimizer(model, config_of(run, train_iters=4, **options), num_iterations=4)
+        names = {id(p): name.removeprefix("eagle_module.") for name, p in model.named_parameters()}
+        found: dict[str, Any] = {}
+        for iteration in (1, 4):
+            optimizer.schedule(iteration)
+            for group in optimizer.optimizer.param_groups:
+                for parameter in group["params"]:
+                    found.setdefault(names[id(parameter)], []).append(group["lr"])
+        optimizer.schedule(1)
+        return {"rates": found, "reported": optimizer.step().learning_rate}
 
 
 def schedule_of_megatron(*, layout: Layout, directory: Path, save: Path) -> dict[str, Any]:
