@@ -1,4 +1,4 @@
-"""The three errors that the package raises for its user.
+"""The errors that the package raises for its user.
 
 Every message says what is wrong, where (the field and its value, or the file), and the remedy. The
 entry points turn each of them into one line on stderr and exit code 2; anything else that escapes is
@@ -20,6 +20,14 @@ class CheckpointError(McoreSpecError):
 
 class TrainingError(McoreSpecError):
     """A run that cannot go on: its numbers are no numbers any more."""
+
+
+class EndpointError(McoreSpecError):
+    """A server that is not there, or that refuses what it is asked."""
+
+
+class EvaluationError(McoreSpecError):
+    """A draft that changed what its base says: a fault of the decoding, of the layers or of the weights."""
 
 
 class UnsupportedError(McoreSpecError):

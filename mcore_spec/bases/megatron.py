@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mcore_spec.bases.features import Features
-from mcore_spec.bases.megatron_build import BaseGPTModel, describe, packed_options
+from mcore_spec.bases.megatron_build import BaseGPTModel, cached_options, describe, packed_options
 from mcore_spec.drafts.draft import Draft
+from mcore_spec.layers.cache import KeyValueCache, NewRows
 from mcore_spec.layers.embedding import embed_tokens
 from mcore_spec.parallel.collectives import group_rank, group_size
 from mcore_spec.parallel.documents import Documents
@@ -188,7 +189,10 @@ class MegatronBase:
 
     @torch.no_grad()
     def last_layer_weights(self) -> dict[str, Tensor]:
-        """This rank's weights of the last decoder layer under the names of a draft's layer; last stage only."""
+        """This rank's weights of the last decoder layer under the names of a draft's layer; last stage only.
+
+        A layer with experts has no weights of an MLP.
+        """
         layer, architecture = self.model.decoder.layers[-1], self.architecture
         state = dict(layer.named_parameters())
         per_group = architecture.num_attention_heads // architecture.num_key_value_heads
@@ -212,8 +216,10 @@ class MegatronBase:
                 grouped = fused.unflatten(0, (-1, sum(heads), architecture.head_dim))
                 for name, part in zip("qkv", grouped.split(heads, dim=1), strict=True):
                     weights[f"self_attn.{name}_proj.{kind}"] = part.flatten(0, 2)
-        gate, up = state["mlp.linear_fc1.weight"].chunk(2)
-        return {**weights, "mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
+        if "mlp.linear_fc1.weight" in state:
+            gate, up = state["mlp.linear_fc1.weight"].chunk(2)
+            weights |= {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
+        return weights
 
     def add_last_stage_embedding(self, rows: Tensor) -> None:
         """Attach the copy of the embedding; a checkpoint fills it where `rows` are not known yet."""
@@ -238,11 +244,9 @@ class MegatronBase:
         Raises:
             UnsupportedError: several documents in a base whose attention cannot keep them apart.
         """
-        first_layer = self.model.decoder.layers[0].layer_number - 1
-        num_received = sum(layer < first_layer for layer in aux_layer_ids)
         if documents is not None:
             token_ids = documents.take(token_ids, 1)
-        received = self._receive(token_ids, num_received)
+        received = self._receive(token_ids, aux_layer_ids)
         # Our own attention takes documents in any case; LongRoPE's table depends on their length.
         if documents is None or (documents.is_single and not isinstance(self.model, BaseGPTModel)):
             positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
@@ -251,6 +255,35 @@ class MegatronBase:
         else:
             embedded = self.model.embedding(token_ids, None) if self.is_first_stage else None
             options = packed_options(self.model, documents)
+        return self._run_stage(embedded, received, aux_layer_ids, options)
+
+    @torch.no_grad()
+    def cached_features(
+        self, token_ids: Tensor, rows: NewRows, cache: KeyValueCache, *, aux_layer_ids: Sequence[int] = ()
+    ) -> Features | None:
+        """Run the base on new rows of sequences whose earlier keys and values are in `cache`, which takes the new ones.
+
+        Args:
+            token_ids: one a row, padding included, [1, rows]; the same on every stage.
+            rows: where they belong. Under sequence parallelism their number is a multiple of the group's size.
+            cache: of this rank's layers.
+            aux_layer_ids: as in `features`.
+
+        Returns:
+            The features of the new rows on the last stage, ``None`` on the others.
+
+        Raises:
+            UnsupportedError: layers that cannot keep keys and values.
+        """
+        options = cached_options(self.model, rows, cache)
+        received = self._receive(token_ids, aux_layer_ids)
+        embedded = self.model.embedding(token_ids, None) if self.is_first_stage else None
+        return self._run_stage(embedded, received, aux_layer_ids, options)
+
+    def _run_stage(
+        self, embedded: Tensor | None, received: list[Tensor], aux_layer_ids: Sequence[int], options: dict[str, Any]
+    ) -> Features | None:
+        """This stage's layers; sends ahead what the next stage needs, or returns the features."""
         with capture_layer_outputs(self.model, aux_layer_ids) as captured:
             hidden = self.model.decoder(hidden_states=embedded, attention_mask=None, **options)
         aux = [*received, *captured]
@@ -259,10 +292,12 @@ class MegatronBase:
             return None
         return Features(aux=torch.cat(aux, dim=-1) if aux else None, last=hidden)
 
-    def _receive(self, token_ids: Tensor, num_aux: int) -> list[Tensor]:
+    def _receive(self, token_ids: Tensor, aux_layer_ids: Sequence[int]) -> list[Tensor]:
         """Hand the previous stage's hidden states to the decoder; return the aux states that came along."""
         if self.is_first_stage:
             return []
+        first_layer = self.model.decoder.layers[0].layer_number - 1
+        num_aux = sum(layer < first_layer for layer in aux_layer_ids)
         batch, length = token_ids.shape
         if self.tp.sequence_parallel:
             length = self.tp.local(length, what="sequence length")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,20 +16,24 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from mcore_spec.bases.megatron_cache import cache_params
 from mcore_spec.bases.megatron_layers import (
     BaseRotaryEmbedding,
+    CausalAttention,
     document_params,
     local_block_spec,
     transformer_engine_layer_spec,
 )
 from mcore_spec.config import BaseArchitecture, RopeConfig
-from mcore_spec.errors import ConfigError, UnsupportedError
+from mcore_spec.errors import UnsupportedError
+from mcore_spec.layers.cache import KeyValueCache, NewRows
 from mcore_spec.layers.mlp import ACTIVATIONS
 from mcore_spec.layers.rotary import rotary_frequencies
 from mcore_spec.parallel.collectives import group_rank, group_size
 from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.layout import Layout, device, require_transformer_engine
 from mcore_spec.parallel.tensor_parallel import TensorParallel
+from mcore_spec.planning.layout import check_divides
 
 TransformerImpl = Literal["local", "transformer_engine"]
 DTYPES = {
@@ -61,7 +66,11 @@ class BaseGPTModel(GPTModel):
 
 
 def build_gpt_model(
-    architecture: BaseArchitecture, layout: Layout, *, transformer_impl: TransformerImpl = "local"
+    architecture: BaseArchitecture,
+    layout: Layout,
+    *,
+    transformer_impl: TransformerImpl = "local",
+    target: torch.device | None = None,
 ) -> BaseGPTModel:
     """This rank's part of the base, its weights allocated and not yet filled.
 
@@ -69,6 +78,7 @@ def build_gpt_model(
         architecture: the base.
         layout: must be the one that `parallel_runtime` was entered with.
         transformer_impl: whose layers to use.
+        target: device of the weights; ``None``: this rank's. On "meta" nothing is allocated.
 
     Raises:
         ConfigError: heads, layers or widths that the layout does not divide.
@@ -81,12 +91,26 @@ def build_gpt_model(
         )
     check_layout(architecture, layout)
     config = transformer_config(architecture, layout)
+    target = device() if target is None else target
+    if target.type == "meta":
+        # Weights are then made where torch makes tensors by default, and not on the GPU.
+        config.use_cpu_initialization = True
+        config.init_model_with_meta_device = True
     if transformer_impl == "transformer_engine":
         require_transformer_engine()
         spec: Any = transformer_engine_layer_spec(config)
     else:
         spec = local_block_spec(config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    with torch.device(target) if target.type == "meta" else nullcontext():
+        model = _construct(architecture, config, spec, groups)
+    model.architecture = architecture
+    return model.to(target)
+
+
+def _construct(
+    architecture: BaseArchitecture, config: BaseTransformerConfig, spec: Any, groups: ProcessGroupCollection
+) -> BaseGPTModel:
     stage, num_stages = group_rank(groups.pp), group_size(groups.pp)
     model = BaseGPTModel(
         config,
@@ -101,8 +125,7 @@ def build_gpt_model(
         pg_collection=groups,
     )
     model.rotary_pos_emb = BaseRotaryEmbedding(architecture.rope, architecture.head_dim)
-    model.architecture = architecture
-    return model.to(device())
+    return model
 
 
 def check_layout(architecture: BaseArchitecture, layout: Layout) -> None:
@@ -111,29 +134,9 @@ def check_layout(architecture: BaseArchitecture, layout: Layout) -> None:
     Raises:
         ConfigError: names the size that does not divide.
     """
-    sizes = {
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_key_value_heads": architecture.num_key_value_heads,
-        "intermediate_size": architecture.intermediate_size,
-    }
-    for field, value in sizes.items():
-        if value % layout.tensor:
-            raise ConfigError(
-                f"tensor_model_parallel_size = {layout.tensor} does not divide the base's {field} = {value}; "
-                "choose a size that divides it"
-            )
-    stages, last, layers = layout.pipeline, layout.last_stage_layers, architecture.num_layers
-    rest, rest_stages = (layers, stages) if last is None else (layers - last, stages - 1)
-    if last is not None and (stages == 1 or not 0 < last < layers):
-        raise ConfigError(
-            f"decoder_last_pipeline_num_layers = {last} needs pipeline_model_parallel_size > 1 and 0 < it < "
-            f"{layers}, the base's layers; got {stages} stages"
-        )
-    if rest % rest_stages or rest < rest_stages:
-        raise ConfigError(
-            f"pipeline_model_parallel_size = {stages} does not divide {rest} decoder layers over {rest_stages} "
-            "stages; choose another size, or give decoder_last_pipeline_num_layers"
-        )
+    check_divides(
+        architecture, tensor=layout.tensor, pipeline=layout.pipeline, last_stage_layers=layout.last_stage_layers
+    )
 
 
 def transformer_config(architecture: BaseArchitecture, layout: Layout) -> BaseTransformerConfig:
@@ -248,6 +251,38 @@ def packed_options(model: GPTModel, documents: Documents) -> dict[str, Any]:
     else:
         angles = rotary(params.max_seqlen_q, packed_seq=True)
     return {"rotary_pos_emb": angles, "packed_seq_params": params}
+
+
+def cached_options(model: GPTModel, rows: NewRows, cache: KeyValueCache) -> dict[str, Any]:
+    """What the decoder of `model` takes besides hidden states so that rows join sequences with kept keys and values.
+
+    Raises:
+        UnsupportedError: layers of somebody else's, see `check_cacheable`.
+    """
+    check_cacheable(model)
+    rotary = model.rotary_pos_emb.rotary
+    params = cache_params(rows, cache, rotary, dtype=model.config.params_dtype)
+    return {"rotary_pos_emb": None, "packed_seq_params": params}
+
+
+def check_cacheable(model: GPTModel) -> None:
+    """Refuse a model that cannot keep keys and values.
+
+    Raises:
+        UnsupportedError: attention or rotary embedding of somebody else's, or experts on several ranks.
+    """
+    num_ranks = model.config.expert_model_parallel_size
+    if num_ranks > 1:
+        raise UnsupportedError(
+            f"decoding with expert_model_parallel_size = {num_ranks}: ranks that share experts would have to decode in "
+            "step; load the model with 1"
+        )
+    attention = model.decoder.layers[0].self_attention.core_attention
+    if not isinstance(attention, CausalAttention) or not isinstance(model.rotary_pos_emb, BaseRotaryEmbedding):
+        raise UnsupportedError(
+            f"decoding with a key/value cache and {type(attention).__name__}: only this package's attention keeps "
+            "keys and values; load the checkpoint with --transformer-impl local"
+        )
 
 
 def _require(condition: bool, found: str) -> None:

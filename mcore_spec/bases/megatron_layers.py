@@ -23,6 +23,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mcore_spec.bases.megatron_cache import CacheParams
 from mcore_spec.config import RopeConfig
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.layers.attention import KeyValue, join_rows
@@ -181,6 +182,7 @@ class CausalAttention(nn.Module):
         is_windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         # megatron-core keeps keys with q - k <= window_size[0].
         self.window = config.window_size[0] + 1 if is_windowed else None
+        self.layer_number = layer_number
         self.scale = softmax_scale
         self.context_group: Group = None if pg_collection is None else pg_collection.cp
 
@@ -209,6 +211,8 @@ class CausalAttention(nn.Module):
         if params is not None:
             if attention_mask is not None:
                 raise UnsupportedError("attention_mask must be None beside packed_seq_params, which says the same")
+            if isinstance(params, CacheParams):
+                return params.attend(query, key, value, layer=self.layer_number, window=self.window, scale=self.scale)
             documents = _documents_of(params, num_local_rows=query.shape[0], group=self.context_group)
             return self._packed(query, key, value, documents)
         _refuse_dense_context_parallelism(size)

@@ -59,6 +59,18 @@ class Checkpoint(NamedTuple):
         """Directory of the tokenizer's files; may be empty."""
         return self.path / TOKENIZER
 
+    def choose_tokenizer(self, given: str | None) -> str:
+        """`given`, a directory or hub id, or else the directory of the one that was saved with the weights.
+
+        Raises:
+            ConfigError: there is neither.
+        """
+        if given is not None:
+            return given
+        if not any(self.tokenizer_path.glob("*")):
+            raise ConfigError(f"the checkpoint {self.path} has no tokenizer; give the base's with --tokenizer-model")
+        return str(self.tokenizer_path)
+
 
 def find_checkpoint(directory: Path | str, *, step: int | None = None) -> Checkpoint:
     """The newest whole iteration below `directory`, or the given one.

@@ -17,6 +17,18 @@ def say(line: str) -> None:
         sys.stdout.flush()
 
 
+def say_part(text: str) -> None:
+    """Write a part of a line to stdout, on rank 0 only."""
+    if _rank() == "0":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def has_colour() -> bool:
+    """Whether stdout shows colours: a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
 def say_error(message: str) -> None:
     """Write ``error: message`` to stderr, behind ``[rank N]`` on every rank but the first."""
     prefix = "" if _rank() == "0" else f"[rank {_rank()}] "

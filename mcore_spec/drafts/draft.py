@@ -39,6 +39,8 @@ class Draft(nn.Module):
         """
         super().__init__()
         self.tp = tp
+        # Of a draft that has just been attached: whether it starts from the base's layer.
+        self.is_warm_started = False
 
     def own_heads(self) -> list[VocabularyHead]:
         """Heads that belong to the draft and start as rows of the base's head."""
@@ -62,6 +64,10 @@ class Draft(nn.Module):
         Args:
             head_row_norm: root mean square of the norms of the base's head rows.
         """
+
+    def can_warm_start(self, layer: Mapping[str, Tensor]) -> bool:
+        """Whether `warm_start` would take this layer."""
+        return False
 
     def warm_start(self, layer: Mapping[str, Tensor], final_norm: Tensor) -> None:
         """Start from weights of the base instead of random ones.

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mcore_spec.config import BaseArchitecture, EagleConfig
-from mcore_spec.drafts.draft import Draft, Reads, draft_to_target
+from mcore_spec.drafts.draft import Reads, draft_to_target
 from mcore_spec.drafts.resolve import resolve_rope
-from mcore_spec.drafts.steps import Mixing, Past, StepOutput, StepResult, run_steps
+from mcore_spec.drafts.steps import StepOutput
+from mcore_spec.drafts.stepwise import StepwiseDraft
 from mcore_spec.errors import ConfigError
-from mcore_spec.layers.attention import KeyValue, TTTAttention
+from mcore_spec.layers.attention import Rows, TTTAttention
 from mcore_spec.layers.decoder import DecoderLayer, LayerShape, gated_mlp, init_linear_weights
 from mcore_spec.layers.linear import ShardedLinear, VocabularyHead, project_sharded_columns
 from mcore_spec.layers.norm import RMSNorm
-from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.tensor_parallel import Placement
 
 # Weights of the first layer -> weights of the base's last one that a warm start takes for them.
@@ -63,29 +62,20 @@ class Eagle3Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, eps=shape.eps, place=place)
         self.mlp = gated_mlp(shape, place=place)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        embedding: Tensor,
-        *,
-        step: int,
-        past: list[KeyValue],
-        documents: Documents | None = None,
-    ) -> Tensor:
-        """One TTT step: two times [s or s/size, b, h] -> the same; appends to `past`. The rest as of `TTTAttention`."""
+    def forward(self, hidden: Tensor, embedding: Tensor, *, rows: Rows) -> Tensor:
+        """Two times [s or s/size, b, h] -> the same; `rows` as of `TTTAttention`."""
         normed = self.hidden_norm(hidden)
         residual = normed if self.norm_before_residual else hidden
         joined = torch.cat((self.input_layernorm(embedding), normed), dim=-1)
-        x = residual + self.self_attn(joined, step=step, past=past, documents=documents)
+        x = residual + self.self_attn(joined, rows=rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Eagle3Draft(Draft):
+class Eagle3Draft(StepwiseDraft):
     """The EAGLE-3 module. Parameters are named as engines name them, but for ``midlayer``."""
 
     label: ClassVar[str] = "EAGLE-3"
     reads: ClassVar[Reads] = "aux"
-    reads_tokens: ClassVar[bool] = True
     d2t: Tensor
 
     def __init__(self, config: EagleConfig, base: BaseArchitecture, *, place: Placement) -> None:
@@ -156,6 +146,10 @@ class Eagle3Draft(Draft):
         """
         self.norm.weight.fill_(2.0 ** round(-math.log2(head_row_norm)))
 
+    def can_warm_start(self, layer: Mapping[str, Tensor]) -> bool:
+        """Whether the first layer has the sizes of the base's."""
+        return not self._misfits(layer)
+
     @torch.no_grad()
     def warm_start(self, layer: Mapping[str, Tensor], final_norm: Tensor) -> None:
         """The base's last decoder layer on the last aux hidden state: the base, shortened.
@@ -166,70 +160,54 @@ class Eagle3Draft(Draft):
         Raises:
             ConfigError: a layer of other sizes than the base's.
         """
-        state, hidden_size = dict(self.layers[0].named_parameters()), final_norm.shape[0]
-        for ours, theirs in _WARM_START.items():
-            _copy(state[ours], layer[theirs], name=ours)
+        misfits = self._misfits(layer)
+        if misfits:
+            raise ConfigError(
+                f"draft_init = base: {misfits[0]}; leave heads, head_dim and intermediate_size to follow the base, or "
+                "choose draft_init = random"
+            )
+        for name, target in self._warm_started():
+            target.copy_(layer[name])
+        hidden_size = final_norm.shape[0]
         for name in ("q_proj", "k_proj", "v_proj"):
-            weight = state[f"self_attn.{name}.weight"]
-            weight[:, :hidden_size].zero_()
-            _copy(weight[:, hidden_size:], layer[f"self_attn.{name}.weight"], name=name)
+            self.layers[0].get_parameter(f"self_attn.{name}.weight")[:, :hidden_size].zero_()
         self.norm.weight.copy_(final_norm)
         whole = torch.zeros(hidden_size, self.fc.in_features)
         whole[:, -hidden_size:] = torch.eye(hidden_size)
         self.fc.weight.copy_(whole.chunk(self.tp.size, dim=1)[self.tp.rank])
 
-    def fuse(self, aux: Tensor) -> Tensor:
+    def _warm_started(self) -> list[tuple[str, Tensor]]:
+        """Names in the base's layer, and the weights of the first layer that take their values."""
+        first = self.layers[0]
+        pairs: list[tuple[str, Tensor]] = [(theirs, first.get_parameter(ours)) for ours, theirs in _WARM_START.items()]
+        for name in ("q_proj", "k_proj", "v_proj"):
+            weight = first.get_parameter(f"self_attn.{name}.weight")
+            pairs.append((f"self_attn.{name}.weight", weight[:, weight.shape[1] // 2 :]))
+        return pairs
+
+    def _misfits(self, layer: Mapping[str, Tensor]) -> list[str]:
+        found = []
+        for name, target in self._warm_started():
+            if name not in layer:
+                found.append(f"the base's layer has no {name}")
+            elif target.shape != layer[name].shape:
+                shapes = f"{list(target.shape)}, of the base's layer {list(layer[name].shape)}"
+                found.append(f"{name} of the draft is {shapes}")
+        return found
+
+    def start(self, features: Tensor) -> Tensor:
         """Joined aux hidden states [s or s/size, b, n h] -> g_0, [s or s/size, b, h]."""
         if self.input_norm is not None:
-            aux = self.input_norm(aux)
+            features = self.input_norm(features)
         if self.fc_norm is not None:
-            parts = aux.chunk(len(self.fc_norm), dim=-1)
-            aux = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
-        return project_sharded_columns(self.fc, aux)
+            parts = features.chunk(len(self.fc_norm), dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return project_sharded_columns(self.fc, features)
 
-    def forward(
-        self,
-        features: Tensor,
-        embeddings: Sequence[Tensor],
-        *,
-        documents: Documents | None = None,
-        recompute: bool = False,
-        mixing: Mixing | None = None,
-    ) -> list[StepOutput]:
-        """All TTT steps.
-
-        Args:
-            features: joined aux hidden states [s or s/size, b, n h]; row t is position t.
-            embeddings: one a step, [s or s/size, b, h]; row t of step k embeds token x[t+1+k].
-            documents: of one packed row (b = 1), of which the tensors are this context-parallel rank's rows;
-                ``None``: each of the b columns is one document.
-            recompute: keep no activations of a step; run it again in backward.
-            mixing: mix the draft's own states into the features instead of growing keys.
-
-        Returns:
-            One output a step.
-        """
-        one_step = partial(self._step, documents=documents)
-        state = self.fuse(features)
-        return run_steps(one_step, state, embeddings, num_layers=len(self.layers), recompute=recompute, mixing=mixing)
-
-    def _step(
-        self, state: Tensor, embedding: Tensor, past: Past, step: int, *, documents: Documents | None
-    ) -> StepResult:
-        grown = [list(layer_past) for layer_past in past]
-        x = self.layers[0](state, embedding, step=step, past=grown[0], documents=documents)
-        for layer, layer_past in zip(self.layers[1:], grown[1:], strict=True):
-            x = layer(x, step=step, past=layer_past, documents=documents)
+    def step(self, state: Tensor, embedding: Tensor, rows: Sequence[Rows]) -> StepOutput:
+        """One step; arguments as of `StepwiseDraft.step`."""
+        x = self.layers[0](state, embedding, rows=rows[0])
+        for layer, layer_rows in zip(self.layers[1:], rows[1:], strict=True):
+            x = layer(x, rows=layer_rows)
         hidden = self.norm(x)
-        output = StepOutput(hidden, hidden if self.architecture.norm_output else x)
-        return StepResult(output, tuple(layer_past[-1] for layer_past in grown))
-
-
-def _copy(target: Tensor, source: Tensor, *, name: str) -> None:
-    if target.shape != source.shape:
-        raise ConfigError(
-            f"draft_init = base: {name} of the draft is {list(target.shape)}, of the base's layer "
-            f"{list(source.shape)}; leave heads, head_dim and intermediate_size to follow the base, or choose "
-            "draft_init = random"
-        )
-    target.copy_(source)
+        return StepOutput(hidden, hidden if self.architecture.norm_output else x)

@@ -1,4 +1,4 @@
-"""Causal self-attention of a draft, over training-time-test (TTT) steps.
+"""Causal self-attention of a draft, over training-time-test (TTT) steps; `layers.cache` has the rows of serving.
 
 Row t at step k sees the step-0 keys of rows 0..t and its own row's keys of steps 1..k: what a draft
 sees in an engine after k tokens of its own. The step-0 part is one causal attention for each document; the
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,68 @@ class KeyValue(NamedTuple):
 
     key: Tensor
     value: Tensor
+
+
+class Places(NamedTuple):
+    """Where rows stand, each int64 [rows].
+
+    Attributes:
+        positions: rotary positions inside of their sequences.
+        lengths: of the sequences, which choose LongRoPE's table.
+    """
+
+    positions: Tensor
+    lengths: Tensor
+
+
+class Rows(Protocol):
+    """What a layer is told about its rows: in training the rows of one TTT step, in serving rows with a cache."""
+
+    def places(self, num_rows: int, device: torch.device) -> Places:
+        """Where the layer's rows stand, on `device`."""
+        ...
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of rotated queries [s, b, heads, d] over what each row sees; keys and values are remembered.
+
+        Args:
+            query: rotated.
+            key: rotated, [s, b, kv heads, d] of the same rows.
+            value: like `key`.
+        """
+        ...
+
+
+class TTTRows:
+    """The rows of one TTT step of one layer."""
+
+    def __init__(self, *, step: int, past: Sequence[KeyValue], documents: Documents | None = None) -> None:
+        """Take what the steps before left.
+
+        Args:
+            step: TTT step k; the row at position t of its document has rotary position t + k.
+            past: keys and values of steps 0..k-1; those of step 0 are of the whole row.
+            documents: which rows see each other, of which these are this context-parallel rank's; ``None``: each
+                of the b columns is one document.
+        """
+        self.step, self.documents = step, documents
+        self.steps = list(past)
+
+    def places(self, num_rows: int, device: torch.device) -> Places:
+        """Positions moved on by the step. LongRoPE's table is the document's: all steps of a row rotate alike."""
+        if self.documents is None:
+            positions = torch.arange(num_rows, device=device)
+            return Places(positions + self.step, torch.full_like(positions, num_rows))
+        assert num_rows == self.documents.num_local_rows, "x is this rank's part of one packed row"
+        _, positions, lengths = self.documents.local_rows(device)
+        return Places(positions + self.step, lengths)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention over step 0 and the row's own later steps; appends this step to `steps`."""
+        assert self.documents is None or query.shape[1] == 1, "documents lie in one packed row"
+        own = KeyValue(key, value)
+        self.steps.append(own if self.step or self.documents is None else join_rows(own, self.documents))
+        return ttt_attention(query, self.steps, documents=self.documents)
 
 
 class AttentionShape(NamedTuple):
@@ -81,14 +143,12 @@ class TTTAttention(nn.Module):
         self.k_norm = RMSNorm(shape.head_dim, eps=shape.eps, place=inside) if shape.qk_norm else None
         self.rotary = RotaryEmbedding(rope, shape.head_dim)
 
-    def forward(self, x: Tensor, *, step: int, past: list[KeyValue], documents: Documents | None = None) -> Tensor:
-        """One TTT step; appends this step's keys and values to `past`.
+    def forward(self, x: Tensor, *, rows: Rows) -> Tensor:
+        """Attention of the rows in `x`.
 
         Args:
-            x: [s or s/size, b, input_size]; with `documents` this context-parallel rank's rows, and b is 1.
-            step: TTT step k; the row at position t of its document has rotary position t + k.
-            past: keys and values of steps 0..k-1; those of step 0 are of the whole row.
-            documents: which rows see each other; ``None``: each of the b columns is one document.
+            x: [s or s/size, b, input_size].
+            rows: where they stand, what they see and where their keys and values are kept.
 
         Returns:
             [s or s/size, b, hidden_size].
@@ -99,18 +159,10 @@ class TTTAttention(nn.Module):
         value = self._heads(self.v_proj(x), self.num_local_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        # LongRoPE's table is that of the document, so that all steps of a row are rotated alike.
-        lengths: int | Tensor
-        if documents is None:
-            positions, lengths = torch.arange(x.shape[0], device=x.device), x.shape[0]
-        else:
-            assert x.shape[:2] == (documents.num_local_rows, 1), "x is this rank's part of one packed row"
-            _, positions, lengths = documents.local_rows(x.device)
-        cos, sin = self.rotary(positions + step, sequence_length=lengths, dtype=x.dtype)
+        positions, lengths = rows.places(x.shape[0], x.device)
+        cos, sin = self.rotary(positions, sequence_length=lengths, dtype=x.dtype)
         cos, sin = cos[:, None, None, :], sin[:, None, None, :]
-        own = KeyValue(apply_rotary(key, cos, sin), value)
-        past.append(own if step or documents is None else join_rows(own, documents))
-        mixed = ttt_attention(apply_rotary(query, cos, sin), past, documents=documents)
+        mixed = rows.attend(apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value)
         output = self.tp.leave(self.o_proj(mixed.flatten(2)))
         if self.o_proj.bias is not None:
             output = output + self.tp.replicated(self.o_proj.bias)

@@ -7,11 +7,10 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from mcore_spec.config import BaseArchitecture, EagleArchitectureConfig, RopeConfig
-from mcore_spec.layers.attention import AttentionShape, KeyValue, TTTAttention
+from mcore_spec.layers.attention import AttentionShape, Rows, TTTAttention
 from mcore_spec.layers.linear import ShardedLinear
 from mcore_spec.layers.mlp import GatedMLP
 from mcore_spec.layers.norm import RMSNorm
-from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.tensor_parallel import Placement
 
 T = TypeVar("T")
@@ -82,10 +81,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, eps=shape.eps, place=place)
         self.mlp = gated_mlp(shape, place=place)
 
-    def forward(self, x: Tensor, *, step: int, past: list[KeyValue], documents: Documents | None = None) -> Tensor:
-        """One TTT step: [s or s/size, b, h] -> the same; appends to `past`. Arguments as of `TTTAttention`."""
+    def forward(self, x: Tensor, *, rows: Rows) -> Tensor:
+        """[s or s/size, b, h] -> the same; arguments as of `TTTAttention`."""
         normed = x if self.input_layernorm is None else self.input_layernorm(x)
-        x = x + self.self_attn(normed, step=step, past=past, documents=documents)
+        x = x + self.self_attn(normed, rows=rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -8,6 +8,7 @@ from megatron.core.models.gpt import GPTModel
 
 from mcore_spec.config import TrainingConfig
 from mcore_spec.data.batch import DataParallelBatches
+from mcore_spec.data.document import Document
 from mcore_spec.data.packing import SampleStream, Split, split_documents
 from mcore_spec.data.store import TokenStore
 from mcore_spec.errors import ConfigError
@@ -89,7 +90,14 @@ class Conversations:
             valid=valid,
             num_valid_batches=num_valid,
             settings=self._settings(),
+            questions=self._questions(),
         )
+
+    def _questions(self) -> list[Document]:
+        """The first validation conversations, where acceptance is measured on them."""
+        if self.config.eval_acceptance_interval is None:
+            return []
+        return [self.store.document(int(index)) for index in self.split.valid[: self.config.eval_acceptance_samples]]
 
     def _settings(self) -> dict[str, Any]:
         config = self.config

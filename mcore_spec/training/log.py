@@ -121,7 +121,7 @@ def scalars(entry: Entry) -> dict[str, float]:
     flat: dict[str, float] = {}
     for name, value in entry.items():
         if isinstance(value, list):
-            flat |= {f"{name}/step_{step}": each for step, each in enumerate(value)}
+            flat |= {f"{name}/step_{step}": each for step, each in enumerate(value) if each is not None}
         elif name != "iteration" and value is not None:
             flat[name] = value
     return flat
@@ -168,7 +168,11 @@ class ProgressBar:
 
 
 def brief(entry: Entry) -> str:
-    """Figures of an entry, of training or of validation, in few words."""
+    """Figures of an entry, of training, of validation or of measured acceptance, in few words."""
+    if "acceptance_length" in entry:
+        shares = [entry["acceptance_length"], *entry["acceptance_by_position"]]
+        length, *by_position = ("-" if share is None else f"{share:.3f}" for share in shares)
+        return f"measured acceptance length {length}, by position {' '.join(by_position)}"
     prefix = "" if "loss" in entry else VALIDATION
     accuracy = " ".join(f"{each:.3f}" for each in entry[f"{prefix}accuracy"])
     text = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,8 +15,10 @@ from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.checkpoint.store import Checkpoint, load_optimizer_state, model_state, save_checkpoint
 from mcore_spec.config import TrainingConfig
 from mcore_spec.data.batch import Batch
+from mcore_spec.data.document import Document
 from mcore_spec.errors import CheckpointError, ConfigError, TrainingError
 from mcore_spec.parallel.layout import is_rank_zero, run_on_every_rank
+from mcore_spec.training.acceptance import AcceptanceCheck
 from mcore_spec.training.log import VALIDATION, Entry, Logger, ProgressBar
 from mcore_spec.training.optimizer import DraftOptimizer, StepResult
 from mcore_spec.training.signals import StopRequest, stop_on_signal
@@ -43,12 +45,14 @@ class TrainingData(NamedTuple):
         valid: batches of the validation; ``None``: there is none.
         num_valid_batches: how many the validation has.
         settings: what decides which tokens stand in which batch; a run is resumed with the same only.
+        questions: conversations on which acceptance is measured.
     """
 
     train: Batches
     valid: Batches | None
     num_valid_batches: int
     settings: dict[str, Any]
+    questions: Sequence[Document] = ()
 
 
 @dataclass
@@ -77,6 +81,7 @@ class Trainer:
         num_iterations: int,
         global_batch_size: int,
         tokenizer_files: list[Path] | None = None,
+        end_ids: Sequence[int] = (),
     ) -> None:
         """Allocate the optimizer.
 
@@ -89,6 +94,7 @@ class Trainer:
             num_iterations: optimizer steps of the whole run.
             global_batch_size: samples in a step.
             tokenizer_files: carried along in the checkpoints.
+            end_ids: tokens that end an answer, for measuring acceptance.
 
         Raises:
             ConfigError: a model without a draft.
@@ -101,6 +107,11 @@ class Trainer:
         run_on_every_rank(lambda: _check_finite(model))
         self.step = DraftStep(model, recompute=config.recompute_granularity == "draft")
         self.data = make_data(model, self.step)
+        self.acceptance: AcceptanceCheck | None = None
+        if config.eval_acceptance_interval is not None:
+            self.acceptance = AcceptanceCheck(
+                model, self.data.questions, num_steps=self.step.num_steps, end_ids=end_ids
+            )
         self.optimizer = DraftOptimizer(model, config, num_iterations=num_iterations)
         self.progress = Progress()
         self.device = next(model.parameters()).device
@@ -169,11 +180,18 @@ class Trainer:
             clock.pause()
             if not is_stopped and _is_due(iteration, self.config.eval_interval, is_last=is_last):
                 self._validate(loggers)
+            if not is_stopped and self._measures_acceptance(iteration):
+                assert self.acceptance is not None
+                _write(loggers, {"iteration": iteration, **self.acceptance()})
             if is_stopped or _is_due(iteration, self.config.save_interval, is_last=is_last):
                 self.save()
             clock.go_on()
             if is_stopped:
                 return
+
+    def _measures_acceptance(self, iteration: int) -> bool:
+        interval = self.config.eval_acceptance_interval
+        return interval is not None and iteration % interval == 0
 
     def train_step(self) -> StepResult:
         """One optimizer step on the next global batch."""

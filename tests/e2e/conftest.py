@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,21 @@ def make_base(directory: Path, *, seed: int = 0, **changes: int) -> Path:
     (directory / "tokenizer.json").write_text('{"stands for": "a tokenizer"}\n')
     (directory / "tokenizer_config.json").write_text("{}\n")
     return directory
+
+
+def make_chat_base(directory: Path, *, demo_base: Path, vocab_size: int) -> Path:
+    """A small random base with a real tokenizer and chat template."""
+    make_base(directory, vocab_size=vocab_size)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(demo_base / name, directory / name)
+    return directory
+
+
+def attach_draft(base: Path, save: Path) -> Path:
+    """The base with an EAGLE-3 draft, as a checkpoint."""
+    words = ["--pretrained-model-path", str(base), "--export-algorithm", "eagle", "--save", str(save)]
+    assert run_command("convert", words) == 0
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mcore_spec.checkpoint.store import find_checkpoint
-from mcore_spec.cli.main import run_command
-from tests.e2e.conftest import Run, check_refused, make_base, subprocess_environment
+from tests.e2e.conftest import Run, attach_draft, check_refused, make_chat_base, subprocess_environment
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -36,10 +35,8 @@ CONVERSATIONS = [
 @pytest.fixture(scope="module")
 def base(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random base with a real tokenizer and chat template."""
-    directory = make_base(tmp_path_factory.mktemp("finetune") / "base", vocab_size=VOCAB_SIZE)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(demo_base / name, directory / name)
-    return directory
+    directory = tmp_path_factory.mktemp("finetune") / "base"
+    return make_chat_base(directory, demo_base=demo_base, vocab_size=VOCAB_SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +50,7 @@ def data(base: Path) -> Path:
 @pytest.fixture(scope="module")
 def converted(base: Path) -> Path:
     """The base with a draft."""
-    save = base.parent / "converted"
-    words = ["--pretrained-model-path", str(base), "--export-algorithm", "eagle", "--save", str(save)]
-    assert run_command("convert", words) == 0
-    return save
+    return attach_draft(base, base.parent / "converted")
 
 
 def conversation(question: str, answer: str) -> dict[str, Any]:

@@ -10,11 +10,19 @@ from torch import Tensor
 
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.conversion import convert
+from mcore_spec.errors import ConfigError
 from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.parallel.sharding import gather_whole, sharded_tensors
 from tests.tiny import VOCAB_SIZE, import_base
 
 TOKENS = torch.randint(VOCAB_SIZE, (2, 10), generator=torch.Generator().manual_seed(3))
+
+MODES: dict[str, Any] = {
+    "the base's sizes": "eagle",
+    "two layers": [("eagle", {"eagle_architecture_config": {"num_hidden_layers": 2}})],
+    "other sizes": [("eagle", {"eagle_architecture_config": {"intermediate_size": 48}})],
+    "Medusa": "medusa",
+}
 
 
 def started(*, layout: Layout, directory: Path, draft_init: Any) -> dict[str, Any] | None:
@@ -38,3 +46,19 @@ def started(*, layout: Layout, directory: Path, draft_init: Any) -> dict[str, An
             "draft": output.hidden,
             "logits": logits,
         }
+
+
+def chosen(*, directory: Path) -> dict[str, bool | str]:
+    """What a draft of some sizes starts as when nothing is said: as the base's layer or not."""
+    found: dict[str, bool | str] = {}
+    with parallel_runtime(Layout()):
+        for name, mode in MODES.items():
+            model = convert(import_base(directory, Layout()).model, mode)
+            draft = MegatronBase(model).draft()
+            assert draft is not None
+            found[name] = draft.is_warm_started
+        try:
+            convert(import_base(directory, Layout()).model, MODES["other sizes"], draft_init="base")
+        except ConfigError as error:
+            found["refusal"] = str(error)
+    return found

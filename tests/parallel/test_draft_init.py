@@ -43,3 +43,10 @@ def test_a_random_start_knows_nothing_and_says_so(rank_pool: RankPool, directory
     entropy = -result["logits"][..., :VOCAB_SIZE].log_softmax(-1).mean()
     # Logits of standard deviation one (a power of two near it) add half a nat.
     assert math.log(VOCAB_SIZE) < float(entropy) < math.log(VOCAB_SIZE) + 1.0
+
+
+def test_a_draft_starts_as_the_base_where_it_can(rank_pool: RankPool, directory: Path) -> None:
+    (found,) = rank_pool.run("tests.parallel.init_cases:chosen", world_size=1, directory=directory)
+    refusal = found.pop("refusal")
+    assert found == {"the base's sizes": True, "two layers": True, "other sizes": False, "Medusa": False}
+    assert "draft_init = base: mlp.gate_proj.weight of the draft is [48, 16], of the base's layer [24, 16]" in refusal

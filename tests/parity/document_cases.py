@@ -17,7 +17,7 @@ from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.medusa import MedusaDraft
 from mcore_spec.errors import McoreSpecError
-from mcore_spec.layers.attention import AttentionShape, KeyValue, TTTAttention
+from mcore_spec.layers.attention import AttentionShape, KeyValue, TTTAttention, TTTRows
 from mcore_spec.parallel.collectives import Group
 from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.layout import Layout, parallel_runtime
@@ -179,7 +179,9 @@ def attention_layer(*, layout: Cut) -> dict[str, Tensor]:
     for step in range(STEPS):
         whole = 5 * drawn(f"input {step}", (documents.num_rows, 1, ATTENTION.input_size))
         leaves.append(cut(documents.take(whole), rows, groups.tp).clone().requires_grad_())
-        output = layer(leaves[-1], step=step, past=past, documents=documents)
+        own = TTTRows(step=step, past=past, documents=documents)
+        output = layer(leaves[-1], rows=own)
+        past = own.steps
         weight = drawn(f"weight {step}", (documents.num_rows, 1, ATTENTION.hidden_size))
         terms.append((output * cut(documents.take(weight), rows, groups.tp)).sum())
         found[f"output {step}"] = documents.join(gather_whole(output, rows, groups.tp), with_grad=False)

@@ -1,0 +1,88 @@
+"""Loading a base with its draft for evaluation, from a checkpoint or from two directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from mcore_spec.bases.megatron_build import BaseGPTModel, build_gpt_model, check_layout
+from mcore_spec.checkpoint.store import find_checkpoint, load_checkpoint
+from mcore_spec.cli.arguments import DTYPE_NAMES, ParamsDtype
+from mcore_spec.cli.evaluation_arguments import DecodingArguments, DraftedBaseArguments
+from mcore_spec.cli.terminal import say
+from mcore_spec.config import BaseArchitecture
+from mcore_spec.errors import ConfigError
+from mcore_spec.evaluation.prompts import TokenizerPrompts
+from mcore_spec.evaluation.tree import Topology
+from mcore_spec.export.reader import attach_exported, check_base, read_export_record
+from mcore_spec.parallel.layout import Layout, run_on_rank_zero
+from mcore_spec.weights.hf_config import describe_hf, locate, read_hf_config
+from mcore_spec.weights.hf_import import import_hf
+from mcore_spec.weights.safetensors_io import WeightDirectory
+
+
+class DraftedBase(NamedTuple):
+    """A model on this rank, and its tokenizer."""
+
+    model: BaseGPTModel
+    prompts: TokenizerPrompts
+
+
+def load_drafted_base(arguments: DraftedBaseArguments, layout: Layout) -> DraftedBase:
+    """Load both; what can be checked without weights is checked first. All ranks take part.
+
+    Raises:
+        ConfigError: no tokenizer, or a layout that does not divide the base.
+        CheckpointError: damaged files, or a draft of another base.
+    """
+    if arguments.load is None:
+        return _from_directories(arguments, layout)
+    checkpoint = run_on_rank_zero(lambda: find_checkpoint(Path(str(arguments.load)), step=arguments.ckpt_step))
+    record = checkpoint.record
+    if record.conversion is None:
+        raise ConfigError(f"load = {arguments.load} has no draft; attach one first (mcore-spec convert)")
+    base = _with_dtype(record.base, arguments.params_dtype)
+    check_layout(base, layout)
+    tokenizer = checkpoint.choose_tokenizer(arguments.tokenizer_model)
+    prompts = TokenizerPrompts(tokenizer, vocab_size=base.vocab_size, config=record.identity.hf_config)
+    checkpoint = checkpoint._replace(record=record.model_copy(update={"base": base}))
+    return DraftedBase(load_checkpoint(checkpoint, layout), prompts)
+
+
+def _from_directories(arguments: DraftedBaseArguments, layout: Layout) -> DraftedBase:
+    directory, draft = locate(str(arguments.base)), Path(str(arguments.draft))
+    raw = read_hf_config(directory)
+    stored = describe_hf(raw, where=str(directory / "config.json"))
+    base = _with_dtype(stored, arguments.params_dtype)
+    check_layout(base, layout)
+    record = read_export_record(draft)
+    check_base(record, base, directory=draft)
+    tokenizer = arguments.tokenizer_model or str(directory)
+    prompts = TokenizerPrompts(tokenizer, vocab_size=base.vocab_size, config=raw)
+    model = build_gpt_model(base, layout)
+    with WeightDirectory(directory) as weights:
+        if weights.fingerprint() != record.identity.fingerprint:
+            say(
+                f"note: {draft} was made for {record.identity.source}, whose weights are not those in {directory}; "
+                "its proposals fit less well"
+            )
+        import_hf(model, weights, cast=base.dtype != stored.dtype)
+    attach_exported(model, draft)
+    return DraftedBase(model, prompts)
+
+
+def _with_dtype(base: BaseArchitecture, params_dtype: ParamsDtype) -> BaseArchitecture:
+    return base if params_dtype == "auto" else base.model_copy(update={"dtype": DTYPE_NAMES[params_dtype]})
+
+
+def topology_of(arguments: DecodingArguments) -> Topology:
+    """What is proposed.
+
+    Raises:
+        ConfigError: a tree that is none.
+    """
+    if arguments.tree is not None:
+        return Topology.parse(arguments.tree)
+    if arguments.top_k > 1:
+        return Topology.comb(arguments.steps, top_k=arguments.top_k)
+    return Topology.chain(arguments.steps)

@@ -1,0 +1,72 @@
+"""Drafts that are fed with their own states: one step, in training and in serving alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from mcore_spec.drafts.draft import Draft
+from mcore_spec.drafts.steps import Mixing, Past, StepOutput, StepResult, run_steps
+from mcore_spec.layers.attention import Rows, TTTRows
+from mcore_spec.parallel.documents import Documents
+
+
+class StepwiseDraft(Draft):
+    """A draft whose step reads a state and the next token's embedding and returns the state of the step after it.
+
+    Attributes:
+        layers: its decoder layers, each of which keeps keys and values.
+    """
+
+    reads_tokens: ClassVar[bool] = True
+    layers: nn.ModuleList
+
+    def start(self, features: Tensor) -> Tensor:
+        """The state that step 0 reads, [s or s/size, b, h], from the base's features."""
+        raise NotImplementedError
+
+    def step(self, state: Tensor, embedding: Tensor, rows: Sequence[Rows]) -> StepOutput:
+        """One step.
+
+        Args:
+            state: from `start`, or the feedback of the step before, [s or s/size, b, h].
+            embedding: of the token behind each row, like `state`.
+            rows: one a layer.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        features: Tensor,
+        embeddings: Sequence[Tensor],
+        *,
+        documents: Documents | None = None,
+        recompute: bool = False,
+        mixing: Mixing | None = None,
+    ) -> list[StepOutput]:
+        """All training-time-test steps.
+
+        Args:
+            features: what `reads` says, [s or s/size, b, ...]; row t is position t.
+            embeddings: one a step, [s or s/size, b, h]; row t of step k embeds token x[t+1+k].
+            documents: of one packed row (b = 1), of which the tensors are this context-parallel rank's rows;
+                ``None``: each of the b columns is one document.
+            recompute: keep no activations of a step; run it again in backward.
+            mixing: mix the draft's own states into the features instead of growing keys.
+
+        Returns:
+            One output a step.
+        """
+        one_step = partial(self._training_step, documents=documents)
+        state, num_layers = self.start(features), len(self.layers)
+        return run_steps(one_step, state, embeddings, num_layers=num_layers, recompute=recompute, mixing=mixing)
+
+    def _training_step(
+        self, state: Tensor, embedding: Tensor, past: Past, step: int, *, documents: Documents | None
+    ) -> StepResult:
+        rows = [TTTRows(step=step, past=layer_past, documents=documents) for layer_past in past]
+        output = self.step(state, embedding, rows)
+        return StepResult(output, tuple(each.steps[-1] for each in rows))

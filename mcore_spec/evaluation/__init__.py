@@ -1,0 +1,1 @@
+"""Speculative decoding with key/value caches, and how well it went."""
