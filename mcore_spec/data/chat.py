@@ -126,6 +126,23 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> En
     return encoder.tokenize([encoder.render(messages)])[0]
 
 
+def encode_question(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Token ids that a model goes on from: a conversation whose last turn is the user's, and the header of the answer.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or the template refuses the conversation.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"tokenizer {tokenizer.name_or_path} has no chat template; put a chat_template.jinja into its directory, "
+            "or give a chat model"
+        )
+    with _template_errors():
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
 class ChatEncoder:
     """A tokenizer and its chat template."""
 

@@ -109,7 +109,21 @@ class ConversationReader:
 
 
 def parse_messages(value: object) -> list[Message]:
-    """The turns of one entry, under the keys ``role`` and ``content``.
+    """The turns of one entry, under the keys ``role`` and ``content``, of which a model can learn.
+
+    Args:
+        value: what JSON holds.
+
+    Raises:
+        ConfigError: what is wrong with it; its place is for the caller to name.
+    """
+    messages = read_messages(value)
+    _check_order(messages)
+    return messages
+
+
+def read_messages(value: object) -> list[Message]:
+    """The turns of one entry, under the keys ``role`` and ``content``, in any order of roles.
 
     Args:
         value: what JSON holds.
@@ -118,25 +132,24 @@ def parse_messages(value: object) -> list[Message]:
         ConfigError: what is wrong with it; its place is for the caller to name.
     """
     if not isinstance(value, dict):
-        raise ConfigError(f"holds {_shown(value)}; it must hold an object")
+        raise ConfigError(f"holds {shown(value)}; it must hold an object")
     lists = [key for key in ("conversations", "messages") if value.get(key) is not None]
     if len(lists) != 1:
-        found = "both" if lists else f"neither, but {_keys(value)}"
+        found = "both" if lists else f"neither, but {keys_of(value)}"
         raise ConfigError(f"must have either conversations or messages; it has {found}")
     turns = value[lists[0]]
     if not isinstance(turns, list):
-        raise ConfigError(f"{lists[0]} = {_shown(turns)}; it must be a list of messages")
+        raise ConfigError(f"{lists[0]} = {shown(turns)}; it must be a list of messages")
     messages = [_message(turn, f"{lists[0]}[{index}]") for index, turn in enumerate(turns)]
     system = value.get("system")
     if isinstance(system, str) and system.strip():
         messages.insert(0, {"role": "system", "content": system})
-    _check_order(messages)
     return messages
 
 
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
-        raise ConfigError(f"{where} = {_shown(turn)}; a message must be an object")
+        raise ConfigError(f"{where} = {shown(turn)}; a message must be an object")
     if "role" in turn and "content" in turn:
         content_key, role = "content", turn["role"]
         roles = {name: name for name in ROLES}
@@ -145,21 +158,31 @@ def _message(turn: Any, where: str) -> Message:
         role = role.lower() if isinstance(role, str) else role
         roles = _SHAREGPT_ROLES
     else:
-        raise ConfigError(f"{where} has {_keys(turn)}; a message must have role and content, or from and value")
+        raise ConfigError(f"{where} has {keys_of(turn)}; a message must have role and content, or from and value")
     if not isinstance(role, str) or role not in roles:
-        raise ConfigError(f"{where} has the unknown role {_shown(role)}; known roles: {', '.join(roles)}")
-    content = turn[content_key]
-    if not isinstance(content, str):
-        raise ConfigError(f"{where}.{content_key} = {_shown(content)}; it must be a string")
-    if not content.strip():
-        raise ConfigError(f"{where}.{content_key} is blank; it must hold text")
+        raise ConfigError(f"{where} has the unknown role {shown(role)}; known roles: {', '.join(roles)}")
+    return {"role": roles[role], "content": check_text(turn[content_key], f"{where}.{content_key}")}
+
+
+def check_text(value: object, where: str) -> str:
+    """A text that a model can read.
+
+    Args:
+        value: what JSON holds.
+        where: its place in the entry, for the error.
+
+    Raises:
+        ConfigError: no string, a blank one, or one that UTF-8 cannot write.
+    """
+    if not isinstance(value, str):
+        raise ConfigError(f"{where} = {shown(value)}; it must be a string")
+    if not value.strip():
+        raise ConfigError(f"{where} is blank; it must hold text")
     try:
-        content.encode()
+        value.encode()
     except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair; no tokenizer reads it
-        raise ConfigError(
-            f"{where}.{content_key} is no Unicode text ({error.reason}, character {error.start + 1})"
-        ) from error
-    return {"role": roles[role], "content": content}
+        raise ConfigError(f"{where} is no Unicode text ({error.reason}, character {error.start + 1})") from error
+    return value
 
 
 def _check_order(messages: list[Message]) -> None:
@@ -180,10 +203,12 @@ def _check_order(messages: list[Message]) -> None:
         raise ConfigError("has no turn of the assistant; there is nothing to learn from it")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value in a message, cut short where it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
-def _keys(value: dict[Any, Any]) -> str:
+def keys_of(value: dict[Any, Any]) -> str:
+    """What an entry has, in a message."""
     return f"the keys {', '.join(str(key) for key in value)}" if value else "no keys"

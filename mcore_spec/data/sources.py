@@ -11,7 +11,7 @@ import importlib
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 from mcore_spec.errors import ConfigError
 
 FORMATS = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+TEXT_FORMATS = (".txt", ".txt.gz")
 _DATASET_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^/]+)?")
 _BYTES_AT_ONCE = 1 << 20
 # A compressed file that is cut off or damaged shows as any of these.
@@ -65,39 +66,39 @@ class Source(Protocol):
         ...
 
 
-def open_source(name: str | Path) -> Source:
+def open_source(name: str | Path, *, field: str = "data_path", formats: Sequence[str] = FORMATS) -> Source:
     """The source that `name` stands for.
 
     Args:
-        name: a file in one of `FORMATS`, or a dataset ``organisation/name`` with an optional ``:split`` (default:
+        name: a file in one of `formats`, or a dataset ``organisation/name`` with an optional ``:split`` (default:
             train).
+        field: what messages call it.
+        formats: ends of file names that are read, of `FORMATS` and `TEXT_FORMATS`.
 
     Raises:
         ConfigError: neither; or a file in another format.
     """
     path, text = Path(name), str(name)
     if path.is_dir():
-        raise ConfigError(f"data_path = {text} is a directory; name the files in it")
+        raise ConfigError(f"{field} = {text} is a directory; name the files in it")
     lowered = path.name.lower()
-    file_format = next((each for each in FORMATS if lowered.endswith(each)), None)
+    file_format = next((each for each in formats if lowered.endswith(each)), None)
     if not path.exists():
         if file_format is None and _DATASET_NAME.fullmatch(text):
-            return HubDataset(text)
+            return HubDataset(text, field=field)
         raise ConfigError(
-            f"data_path = {text}: no such file; correct the path, or name a Hugging Face dataset as organisation/name"
+            f"{field} = {text}: no such file; correct the path, or name a Hugging Face dataset as organisation/name"
         )
     if file_format is None:
-        raise ConfigError(f"data_path = {text} is in none of the formats {', '.join(FORMATS)}; convert it to one")
-    if file_format == ".parquet":
-        return ParquetFile(path)
-    return JsonLines(path) if file_format.startswith(".jsonl") else JsonList(path)
+        raise ConfigError(f"{field} = {text} is in none of the formats {', '.join(formats)}; convert it to one")
+    return _READERS[file_format.removesuffix(".gz")](path, field=field)
 
 
 class _File:
     """What files have in common."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, field: str = "data_path") -> None:
+        self.path, self.field = path, field
 
     @property
     def name(self) -> str:
@@ -118,11 +119,13 @@ class _File:
         return self.path.open("rb")
 
     def _unreadable(self, error: Exception) -> ConfigError:
-        return ConfigError(f"data_path = {self.path} cannot be read ({_first_line(error)}); give a file that is whole")
+        return ConfigError(
+            f"{self.field} = {self.path} cannot be read ({_first_line(error)}); give a file that is whole"
+        )
 
 
-class JsonLines(_File):
-    """``.jsonl``: one JSON value a line."""
+class _Lines(_File):
+    """Something in each line that is not empty."""
 
     def where(self, line: int) -> str:
         """``file:line``."""
@@ -134,19 +137,36 @@ class JsonLines(_File):
             with self._open() as file:
                 for number, line in enumerate(file, start=1):
                     if line.strip():
-                        yield _decode(number, line)
+                        yield self._record(number, line)
         except _READ_ERRORS as error:
             raise self._unreadable(error) from error
 
+    def _record(self, number: int, line: bytes) -> Record:
+        try:
+            # Some editors begin a file with a byte order mark, which neither JSON nor a question starts with.
+            return self._decode(number, line.rstrip(b"\r\n").decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            return Record(number, None, f"not UTF-8 ({error.reason} at byte {error.start + 1})")
 
-def _decode(number: int, line: bytes) -> Record:
-    try:
-        # Some editors begin a file with a byte order mark, which JSON does not know.
-        return Record(number, json.loads(line.rstrip(b"\r\n").decode("utf-8-sig")))
-    except UnicodeDecodeError as error:
-        return Record(number, None, f"not UTF-8 ({error.reason} at byte {error.start + 1})")
-    except json.JSONDecodeError as error:
-        return Record(number, None, f"not JSON ({error.msg} at column {error.colno})")
+    def _decode(self, number: int, text: str) -> Record:
+        raise NotImplementedError
+
+
+class JsonLines(_Lines):
+    """``.jsonl``: one JSON value a line."""
+
+    def _decode(self, number: int, text: str) -> Record:
+        try:
+            return Record(number, json.loads(text))
+        except json.JSONDecodeError as error:
+            return Record(number, None, f"not JSON ({error.msg} at column {error.colno})")
+
+
+class TextLines(_Lines):
+    """``.txt``: one text a line."""
+
+    def _decode(self, number: int, text: str) -> Record:
+        return Record(number, text.strip())
 
 
 class JsonList(_File):
@@ -177,7 +197,7 @@ class ParquetFile(_File):
 
     def records(self) -> Iterator[Record]:
         """See `Source`."""
-        parquet = _require("pyarrow.parquet", package="pyarrow", wanted_by=self.name)
+        parquet = _require("pyarrow.parquet", package="pyarrow", wanted_by=f"{self.field} = {self.name}")
         number = 0
         try:
             with self.path.open("rb") as file:
@@ -192,9 +212,9 @@ class ParquetFile(_File):
 class HubDataset:
     """A dataset by its name on the hub; ``organisation/name:split``."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, field: str = "data_path") -> None:
         """Nothing is loaded yet."""
-        self.name = name
+        self.name, self.field = name, field
         self._repository, _, split = name.partition(":")
         self._split = split or "train"
 
@@ -213,14 +233,23 @@ class HubDataset:
 
     @cached_property
     def _dataset(self) -> Any:
-        datasets = _require("datasets", package="datasets", wanted_by=self.name)
+        datasets = _require("datasets", package="datasets", wanted_by=f"{self.field} = {self.name}")
         try:
             return datasets.load_dataset(self._repository, split=self._split)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"data_path = {self.name} is no file, and the dataset {self._repository} (split {self._split}) cannot "
-                f"be loaded ({_first_line(error)}); correct the path, or give the split as {self._repository}:SPLIT"
+                f"{self.field} = {self.name} is no file, and the dataset {self._repository} (split {self._split}) "
+                f"cannot be loaded ({_first_line(error)}); correct the path, or give the split as "
+                f"{self._repository}:SPLIT"
             ) from error
+
+
+_READERS: dict[str, Callable[..., Source]] = {
+    ".jsonl": JsonLines,
+    ".json": JsonList,
+    ".parquet": ParquetFile,
+    ".txt": TextLines,
+}
 
 
 def _require(module: str, *, package: str, wanted_by: str) -> ModuleType:
@@ -228,7 +257,7 @@ def _require(module: str, *, package: str, wanted_by: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"data_path = {wanted_by} needs the package {package}: pip install {package}, or convert the data to .jsonl"
+            f"{wanted_by} needs the package {package}: pip install {package}, or convert the data to .jsonl"
         ) from error
 
 

@@ -300,11 +300,14 @@ def test_the_digest_is_of_the_contents(tmp_path: Path) -> None:
     assert open_source(first).digest() != open_source(first.with_suffix(".json")).digest()
 
 
-def test_the_prompts_of_the_examples() -> None:
-    path = Path(__file__).resolve().parents[2] / "examples" / "data" / "prompts.jsonl"
+@pytest.mark.parametrize(
+    ("name", "ids", "each"), [("prompts", range(1, 65), 8), ("prompts_held_out", range(65, 73), 1)]
+)
+def test_the_prompts_of_the_examples(name: str, ids: range, each: int) -> None:
+    path = Path(__file__).resolve().parents[2] / "examples" / "data" / f"{name}.jsonl"
     prompts = [record.value for record in open_source(path).records()]
-    assert [prompt["question_id"] for prompt in prompts] == list(range(1, 25))
-    assert set(Counter(prompt["category"] for prompt in prompts).items()) == {(name, 3) for name in PROMPT_CATEGORIES}
+    assert [prompt["question_id"] for prompt in prompts] == list(ids)
+    assert Counter(prompt["category"] for prompt in prompts) == dict.fromkeys(PROMPT_CATEGORIES, each)
     assert all(1 <= len(prompt["turns"]) <= 2 and all(prompt["turns"]) for prompt in prompts)
 
 

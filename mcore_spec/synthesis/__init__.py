@@ -1,0 +1,1 @@
+"""Answers of a base model to prompts: what its draft learns from."""
