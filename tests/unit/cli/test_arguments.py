@@ -39,9 +39,13 @@ def test_defaults():
         "export_eagle_algorithm": "eagle3",
         "eagle_config": None,
         "draft_vocab_cache": None,
-        "draft_init": "random",
+        "draft_init": "auto",
         "export_num_medusa_heads": None,
         "export_num_medusa_layers": None,
+        "dry_run": False,
+        "num_gpus": None,
+        "gpu": "h100",
+        "utilization": 0.4,
     }
     export = ExportArguments(load="checkpoint", export_dir="out")
     assert (export.export_format, export.export_extra_modules, export.overwrite) == ("hf", False, False)
@@ -113,7 +117,7 @@ def test_all_ignored_options_are_named_at_once():
 def test_two_names_of_one_file():
     with pytest.raises(ConfigError, match="--eagle-config and --algorithm-config are two names of one option: keep"):
         convert(eagle_config="a.json", algorithm_config="a.json")
-    flags = {"export_eagle_algorithm": "eagle3", "draft_init": "random", "seed": 1234}
+    flags = {"export_eagle_algorithm": "eagle3", "draft_init": "auto", "seed": 1234}
     assert convert(algorithm_config="a.json").algorithm_flags() == flags
 
 

@@ -208,4 +208,6 @@ def test_help_shows_kinds_defaults_and_groups(capsys, monkeypatch):
         "The draft, and where the result goes:",
         "The base model, and how it is read:",
         "How the model is spread over ranks:",
+        "A rehearsal:",
+        "The GPUs that a run is planned for:",
     ]

@@ -1,0 +1,1 @@
+"""What a training run will need, reckoned from sizes alone: bytes a rank, work, layouts that fit. Imports no torch."""
