@@ -5,13 +5,14 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.config import ALGORITHMS, BaseArchitecture, DraftInit, StrictConfig, suggest
+from mcore_spec.config.files import ConfigFile
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.vocab_map import check_draft_to_target
 from mcore_spec.errors import ConfigError, UnsupportedError
@@ -21,18 +22,6 @@ from mcore_spec.parallel.tensor_parallel import Placement
 # configuration in it alone.
 Mode: TypeAlias = str | Mapping[str, Any] | Sequence[tuple[str, Mapping[str, Any] | StrictConfig]]
 Resolve: TypeAlias = Callable[[Any, BaseArchitecture, Tensor | None], Any]
-
-
-class ConfigFile(NamedTuple):
-    """A configuration in a file of the user's.
-
-    Attributes:
-        values: what it holds; empty where there is none.
-        where: what to call it in errors.
-    """
-
-    values: Mapping[str, Any]
-    where: str
 
 
 def resolve_as_given(config: Any, _base: BaseArchitecture, d2t: Tensor | None) -> Any:
@@ -159,7 +148,7 @@ def convert(
     *,
     d2t: Tensor | None = None,
     seed: int = 1234,
-    draft_init: DraftInit = "random",
+    draft_init: DraftInit = "auto",
 ) -> nn.Module:
     """Attach a draft to `model`, in place, and freeze the base.
 
@@ -172,7 +161,8 @@ def convert(
         d2t: draft vocabulary, int64 [draft vocabulary] with target id = i + d2t[i]; needed where the draft
             vocabulary is smaller than the base's.
         seed: of the initial weights; they do not depend on the parallel layout.
-        draft_init: ``"random"``, or ``"base"``: EAGLE-3's first layer starts as the base's last one.
+        draft_init: ``"base"``: EAGLE-3's first layer starts as the base's last one; ``"random"``; or ``"auto"``: as
+            the base where the sizes are the same, which learns faster, and random otherwise.
 
     Returns:
         The same object.
@@ -256,5 +246,9 @@ def _fill_draft(draft: Draft, base: MegatronBase, *, d2t: Tensor | None, seed: i
     layer = draft.layer_of_base()
     if layer is not None:
         layer.load_state_dict(base.last_layer_weights())
-    if draft_init == "base":
-        draft.warm_start(base.last_layer_weights(), base.final_norm_weight())
+    if draft_init == "random":
+        return
+    last_layer = base.last_layer_weights()
+    if draft_init == "base" or draft.can_warm_start(last_layer):
+        draft.warm_start(last_layer, base.final_norm_weight())
+        draft.is_warm_started = True

@@ -26,9 +26,10 @@ DYNAMIC_FROM_LINES = 1000
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config",),
-    ("parallel",),
+    # Sizes of a run, reckoned without torch; and how models are cut over ranks.
+    ("planning", "parallel"),
     ("layers", "losses", "data"),
-    ("drafts", "quantization"),
+    ("drafts", "quantization", "synthesis"),
     ("bases",),
     ("conversion",),
     ("weights", "checkpoint"),
@@ -40,7 +41,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
 )
 RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 
-TRANSFORMERS_HOMES = ("bases/transformers.py", "data/chat.py", "weights/", "evaluation/", "cli/")
+TRANSFORMERS_HOMES = ("bases/transformers.py", "data/chat.py", "weights/", "synthesis/local.py", "evaluation/", "cli/")
 PARALLEL_HOME = "parallel/"
 PARALLEL_NAMES = {"parallel_state", "transformer_engine"}
 BROAD = {"Exception", "BaseException"}

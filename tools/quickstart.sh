@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# From nothing to a directory that an inference engine serves, on any machine, in minutes:
-# environment, small base model, base + EAGLE-3 draft as a distributed checkpoint, export.
+# From nothing to a trained draft that an inference engine serves, on any machine: environment, small base model, its own
+# answers, EAGLE-3 draft with a reduced vocabulary, training, acceptance before and after, export, and a closing page.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: tools/quickstart.sh [--work-dir DIR]
+usage: tools/quickstart.sh [--quick] [--work-dir DIR]
 
-  --work-dir DIR   where base, checkpoint and export go (default: quickstart_out in the repository)
+  --quick          fewer answers and a shorter training: minutes, and a draft that knows little
+  --work-dir DIR   where everything goes (default: quickstart_out in the repository)
 
-May be run again: what is complete stays, the checkpoint gets a further iteration,
-and the export is written anew.
+May be run again with the same options: what is complete stays, and an interrupted training goes on.
 TEXT
 }
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-work_dir="$here/../quickstart_out"
+work_dir="$here/../quickstart_out" quick=""
 while (($#)); do
     case "$1" in
         --work-dir)
@@ -29,6 +29,10 @@ while (($#)); do
             ;;
         --work-dir=?*)
             work_dir="${1#*=}"
+            shift
+            ;;
+        --quick)
+            quick=yes
             shift
             ;;
         -h | --help)
@@ -58,14 +62,55 @@ show() {
 
 prepare_environment demo
 install_demo_weights
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+
+if [[ -n "$quick" ]]; then
+    num_prompts=16 max_tokens=96 train_iters=20 seq_length=512 osl=48
+else
+    num_prompts=64 max_tokens=160 train_iters=120 seq_length=1024 osl=96
+fi
+prompts=examples/data/prompts.jsonl
+held_out=examples/data/prompts_held_out.jsonl
 
 show python tools/demo_model.py --output "$work_dir/base"
 
-show torchrun --nproc_per_node=1 examples/convert_model.py \
+# A draft learns from what its base would say.
+show mcore-spec synthesize \
+    --model "$work_dir/base" --params-dtype fp32 \
+    --prompts-path "$prompts" --num-samples "$num_prompts" --max-tokens "$max_tokens" \
+    --output "$work_dir/conversations.jsonl"
+
+show mcore-spec draft-vocab \
     --pretrained-model-path "$work_dir/base" \
-    --export-algorithm eagle \
-    --export-eagle-algorithm eagle3 \
-    --save "$work_dir/checkpoint"
+    --data-path "$work_dir/conversations.jsonl" \
+    --draft-vocab-size 16384 \
+    --output-dir "$work_dir/vocab"
+
+if [[ ! -e "$work_dir/converted/latest_checkpointed_iteration.txt" ]]; then
+    show torchrun --nproc_per_node=1 examples/convert_model.py \
+        --pretrained-model-path "$work_dir/base" \
+        --export-algorithm eagle \
+        --export-eagle-algorithm eagle3 \
+        --draft-vocab-cache "$work_dir/vocab/d2t.pt" \
+        --params-dtype fp32 \
+        --save "$work_dir/converted"
+fi
+
+if [[ ! -e "$work_dir/validate_before.json" ]]; then
+    show python examples/validate.py \
+        --load "$work_dir/converted" --prompts-path "$held_out" --steps 3 --osl "$osl" \
+        --output "$work_dir/validate_before.json"
+fi
+
+show torchrun --nproc_per_node=1 examples/finetune.py \
+    --load "$work_dir/converted" --save "$work_dir/checkpoint" \
+    --data-path "$work_dir/conversations.jsonl" \
+    --seq-length "$seq_length" --global-batch-size 1 --train-iters "$train_iters" \
+    --lr 5e-4 --lr-warmup-iters 5 --log-interval 5 --split 95,5,0
+
+show python examples/validate.py \
+    --load "$work_dir/checkpoint" --prompts-path "$held_out" --steps 3 --osl "$osl" \
+    --output "$work_dir/validate.json" --plot "$work_dir/acceptance.png"
 
 show python examples/export.py \
     --load "$work_dir/checkpoint" \
@@ -73,14 +118,4 @@ show python examples/export.py \
     --export-extra-modules \
     --overwrite
 
-cat <<TEXT
-
-What lies where:
-  $work_dir/base         the base model, an HF directory
-  $work_dir/checkpoint   base and draft, a Megatron-LM distributed checkpoint: train or quantise from here
-  $work_dir/export       the draft as an engine reads it
-
-Serve it (the draft is untrained: the answers are the base's own, and no faster yet):
-  vllm serve $work_dir/base \\
-      --speculative-config '{"method": "eagle3", "model": "$work_dir/export", "num_speculative_tokens": 3}'
-TEXT
+show python tools/quickstart_report.py --work-dir "$work_dir"

@@ -11,8 +11,9 @@ from mcore_spec.algorithms.eagle1 import plan_eagle1
 from mcore_spec.algorithms.eagle3 import plan_eagle3
 from mcore_spec.algorithms.mtp import plan_mtp
 from mcore_spec.checkpoint.record import CheckpointRecord
-from mcore_spec.config import BaseArchitecture, EagleAlgorithm, EagleArchitectureConfig, EagleConfig, eagle_preset
-from mcore_spec.conversion import Algorithm, ConfigFile
+from mcore_spec.config import BaseArchitecture, EagleAlgorithm, EagleConfig
+from mcore_spec.config.files import ConfigFile, configure_eagle
+from mcore_spec.conversion import Algorithm
 from mcore_spec.drafts.eagle1 import Eagle1Draft
 from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.mtp import MTPDraft
@@ -95,26 +96,7 @@ def configure_family(flags: Mapping[str, Any], file: ConfigFile) -> EagleConfig:
     Raises:
         ConfigError: a file that is wrong, or that describes another member than --export-eagle-algorithm.
     """
-    member: EagleAlgorithm = flags["export_eagle_algorithm"]
-    given = dict(file.values)
-    own = EagleArchitectureConfig.model_fields
-    # Every field of the whole configuration begins like this; a misspelt one belongs there too.
-    if not any(key.startswith("eagle_") and key not in own for key in given):
-        given = {"eagle_architecture_config": given}
-    architecture = given.get("eagle_architecture_config", {})
-    if not isinstance(architecture, dict):
-        raise ConfigError(
-            f"{file.where}: eagle_architecture_config = {architecture!r} must be an object; leave it out to follow "
-            "the base"
-        )
-    preset = eagle_preset(member)["config"]["eagle_architecture_config"]
-    given["eagle_architecture_config"] = {**preset, **architecture}
-    config = EagleConfig.parse(given, where=file.where)
-    if config.algorithm != member:
-        raise ConfigError(
-            f"{file.where} describes {config.algorithm}, --export-eagle-algorithm says {member}; make the two agree"
-        )
-    return config
+    return configure_eagle(flags["export_eagle_algorithm"], file)
 
 
 def _freezes_base(config: EagleConfig) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.config import BaseArchitecture, EagleArchitectureConfig
 from mcore_spec.drafts.eagle3 import Eagle3Draft
+from mcore_spec.drafts.resolve import resolve_aux_layers
 from mcore_spec.errors import UnsupportedError
 from mcore_spec.export.llama import LAYER, LAYERS, NUM_DRAFT_TOKENS, llama_config, serving_commands
 from mcore_spec.export.plan import ExportFormat, ExportPlan, target_to_draft
@@ -119,7 +120,7 @@ def _plan_hf(draft: Eagle3Draft, record: CheckpointRecord) -> ExportPlan:
         table=NAMES if num_layers == 1 else NAMES_OF_SEVERAL_LAYERS,
         base_head="lm_head.weight" if draft.lm_head is None else None,
         serve=serve,
-        extra_files={"extra_llm_api.yaml": _TENSORRT_LLM_YAML},
+        extra_files={"extra_llm_api.yaml": _tensorrt_llm_yaml(draft, record.base)},
         remarks=tuple(remarks),
     )
 
@@ -170,10 +171,16 @@ def _plan_speculators(draft: Eagle3Draft, record: CheckpointRecord) -> ExportPla
     )
 
 
-_TENSORRT_LLM_YAML = f"""\
-# From this directory: trtllm-serve BASE --extra_llm_api_options extra_llm_api.yaml
-speculative_config:
-  decoding_type: Eagle
-  max_draft_len: {NUM_DRAFT_TOKENS}
-  speculative_model_dir: .
-"""
+def _tensorrt_llm_yaml(draft: Eagle3Draft, base: BaseArchitecture) -> str:
+    """Options of ``trtllm-serve``; layers other than its default three are named, in its convention (outputs)."""
+    lines = [
+        "# From this directory: trtllm-serve BASE --extra_llm_api_options extra_llm_api.yaml",
+        "speculative_config:",
+        "  decoding_type: Eagle",
+        f"  max_draft_len: {NUM_DRAFT_TOKENS}",
+        "  speculative_model_dir: .",
+    ]
+    default = resolve_aux_layers(EagleArchitectureConfig(use_aux_hidden_state=True), base)
+    if tuple(draft.aux_layer_ids) != default:
+        lines.append(f"  eagle3_layers_to_capture: {list(draft.aux_layer_ids)}")
+    return "\n".join(lines) + "\n"

@@ -7,7 +7,8 @@ from typing import Any
 
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.config import MedusaConfig
-from mcore_spec.conversion import Algorithm, ConfigFile
+from mcore_spec.config.files import ConfigFile
+from mcore_spec.conversion import Algorithm
 from mcore_spec.drafts.medusa import MedusaDraft
 from mcore_spec.errors import ConfigError
 from mcore_spec.export.plan import ExportFormat, ExportPlan, check_hf, token_ids

@@ -16,9 +16,11 @@ from pydantic import Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
 from mcore_spec.config import ALGORITHMS, DraftInit, EagleAlgorithm, MedusaConfig, StrictConfig, suggest
+from mcore_spec.planning.hardware import GPUS
 
 _MEDUSA = MedusaConfig()
 ParamsDtype = Literal["bf16", "fp16", "fp32", "fp64", "auto"]
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64", "auto": "auto"}
 # In the place of an algorithm: the base alone.
 NO_DRAFT = "none"
 
@@ -59,6 +61,38 @@ def _readers_of(field: str) -> list[str]:
 def flag_of(field: str) -> str:
     """Megatron-LM's spelling of a field on the command line."""
     return "--" + field.replace("_", "-")
+
+
+def _gpus() -> list[str]:
+    return list(GPUS)
+
+
+class MachineArguments(StrictConfig):
+    """The GPUs that a run is planned for."""
+
+    num_gpus: int | None = Field(
+        None, ge=1, description="GPUs of the whole run, data-parallel copies included. Default: one copy of the model."
+    )
+    gpu: Annotated[str, OneOf(_gpus)] = Field("h100", description="Kind of GPU.")
+    utilization: float = Field(
+        0.4, gt=0, le=1, description="Share of the GPU's bfloat16 arithmetic that the estimate of the speed assumes."
+    )
+
+
+class DryRunArguments(MachineArguments):
+    """A rehearsal."""
+
+    dry_run: bool = Field(
+        False, description="Check everything, build base and draft without memory, say what they need, write nothing."
+    )
+
+    @model_validator(mode="after")
+    def _check_rehearsal(self) -> Self:
+        ignored = sorted(self.model_fields_set & MachineArguments.model_fields.keys())
+        if ignored and not self.dry_run:
+            flags = ", ".join(flag_of(name) for name in ignored)
+            raise ValueError(f"{flags} would be ignored without --dry-run: give it, or drop the others")
+        return self
 
 
 class ParallelArguments(StrictConfig):
@@ -121,7 +155,7 @@ class BaseArguments(StrictConfig):
         return self
 
 
-class ConvertArguments(BaseArguments, ParallelArguments):
+class ConvertArguments(BaseArguments, ParallelArguments, DryRunArguments):
     """The draft, and where the result goes."""
 
     export_algorithm: Annotated[str, OneOf(_algorithms)] = Field(
@@ -137,7 +171,9 @@ class ConvertArguments(BaseArguments, ParallelArguments):
         None, description="File with the draft vocabulary, where the draft may have one. Default: the base's."
     )
     draft_init: DraftInit = Field(
-        "random", description="What the draft starts as; base: EAGLE-3's layer as the base's last one (eagle)."
+        "auto",
+        description="What the draft starts as: random, or EAGLE-3's layer as the base's last one (base); auto: base "
+        "where the sizes are the same (eagle).",
     )
     export_num_medusa_heads: int | None = Field(
         None, ge=1, description=f"Heads; head i predicts token t+2+i (medusa). Default: {_MEDUSA.medusa_num_heads}."

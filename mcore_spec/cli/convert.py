@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -21,13 +20,16 @@ from mcore_spec.checkpoint.store import (
     make_record,
     save_checkpoint,
 )
-from mcore_spec.cli.arguments import NO_DRAFT, ConvertArguments, ParallelArguments
+from mcore_spec.cli.arguments import DTYPE_NAMES, NO_DRAFT, ConvertArguments, ParallelArguments
+from mcore_spec.cli.dry_run import Rehearsal, build_stages, say_weights
 from mcore_spec.cli.terminal import say
-from mcore_spec.config import BaseIdentity, StrictConfig
-from mcore_spec.conversion import ConfigFile, convert, find_algorithm
+from mcore_spec.config import BaseArchitecture, BaseIdentity, StrictConfig
+from mcore_spec.config.files import ConfigFile, read_config_file
+from mcore_spec.conversion import convert, find_algorithm
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.vocab_map import load_draft_to_target
-from mcore_spec.errors import CheckpointError, ConfigError
+from mcore_spec.errors import CheckpointError
+from mcore_spec.parallel.imagined import imagined_world_size
 from mcore_spec.parallel.layout import Layout, parallel_runtime, run_on_rank_zero, tensor_parallel
 from mcore_spec.parallel.sharding import sharded_tensors, whole_shape
 from mcore_spec.parallel.tensor_parallel import Placement
@@ -36,8 +38,6 @@ from mcore_spec.weights.hf_config import TOKENIZER_FILES, describe_hf, locate, r
 from mcore_spec.weights.hf_export import stored_specs
 from mcore_spec.weights.hf_import import check_tensors, import_hf
 from mcore_spec.weights.safetensors_io import WeightDirectory
-
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 class Source(NamedTuple):
@@ -57,6 +57,9 @@ class Source(NamedTuple):
 def run(arguments: ConvertArguments) -> None:
     """Check everything that can be checked without weights, then read, convert and save."""
     layout = layout_of(arguments)
+    if arguments.dry_run:
+        _rehearse(arguments, layout)
+        return
     with parallel_runtime(layout, seed=arguments.seed):
         source = run_on_rank_zero(lambda: _find_source(arguments))
         check_layout(source.record.base, layout)
@@ -73,6 +76,24 @@ def run(arguments: ConvertArguments) -> None:
         _report(model)
         path = save_checkpoint(model, save, record, tokenizer_files=source.tokenizer_files)
         say(f"saved {path}")
+
+
+def _rehearse(arguments: ConvertArguments, layout: Layout) -> None:
+    """The same checks, base and draft without memory, nothing written; weights need not be there."""
+    world_size = imagined_world_size(layout, num_gpus=arguments.num_gpus)
+    source = _find_source(arguments)
+    base = source.record.base
+    check_layout(base, layout)
+    d2t, mode = _draft_vocabulary(arguments, source), _mode(arguments)
+    draft = None if mode is None else (mode[0], find_algorithm(mode[0]).resolve(mode[1], base, d2t))
+    stages = build_stages(Rehearsal(base, layout, world_size, draft, arguments.transformer_impl))
+    if source.record.identity.fingerprint:
+        check_save_directory(Path(arguments.save), source.record.identity)
+    else:
+        say(f"no weights in {source.directory}: their names and shapes were not checked")
+    say(_describe_base(base))
+    say_weights(layout, stages)
+    say("dry run: nothing was written")
 
 
 def layout_of(arguments: ParallelArguments) -> Layout:
@@ -96,12 +117,14 @@ def _find_source(arguments: ConvertArguments) -> Source:
         files = sorted(checkpoint.tokenizer_path.glob("*")) if checkpoint.tokenizer_path.is_dir() else []
         return Source(_with_dtype(checkpoint.record, arguments), checkpoint.path, files)
     assert arguments.pretrained_model_path is not None
-    directory = locate(arguments.pretrained_model_path)
+    directory = locate(arguments.pretrained_model_path, with_weights=not arguments.dry_run)
     raw = read_hf_config(directory)
     base = describe_hf(raw, where=str(directory / "config.json"))
-    with WeightDirectory(directory) as weights:
-        check_tensors(weights, base, cast=arguments.params_dtype != "auto")
-        fingerprint = weights.fingerprint()
+    fingerprint = ""
+    if not arguments.dry_run or any(directory.glob("*.safetensors")):
+        with WeightDirectory(directory) as weights:
+            check_tensors(weights, base, cast=arguments.params_dtype != "auto")
+            fingerprint = weights.fingerprint()
     source = (
         str(directory.resolve()) if Path(arguments.pretrained_model_path).is_dir() else arguments.pretrained_model_path
     )
@@ -114,7 +137,7 @@ def _find_source(arguments: ConvertArguments) -> Source:
 def _with_dtype(record: CheckpointRecord, arguments: ConvertArguments) -> CheckpointRecord:
     if arguments.params_dtype == "auto":
         return record
-    base = record.base.model_copy(update={"dtype": _DTYPES[arguments.params_dtype]})
+    base = record.base.model_copy(update={"dtype": DTYPE_NAMES[arguments.params_dtype]})
     return record.model_copy(update={"base": base})
 
 
@@ -141,16 +164,7 @@ def _config_file(arguments: ConvertArguments) -> ConfigFile:
     path = arguments.eagle_config or arguments.algorithm_config
     if path is None:
         return ConfigFile({}, where=f"{arguments.export_algorithm} config")
-    where = f"{name} = {path}"
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{where}: no such file") from None
-    except ValueError as error:
-        raise ConfigError(f"{where} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where} holds a {type(values).__name__}; it must hold an object")
-    return ConfigFile(values, where)
+    return read_config_file(path, name=name)
 
 
 def _check_mode(mode: tuple[str, StrictConfig], d2t: Tensor | None, source: Source, layout: Layout) -> None:
@@ -181,21 +195,25 @@ def _report(model: BaseGPTModel) -> None:
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     facts: list[tuple[str | None, int]] = [(None, 0)] * dist.get_world_size()
     dist.all_gather_object(facts, (None if draft is None else _describe_draft(draft), num_bytes))
-    architecture = base.architecture
-    frozen = sum(math.prod(spec.shape) for row in base_rows(architecture) for spec in stored_specs(row, architecture))
-    say(
-        f"base: {architecture.family}, {architecture.num_layers} layers, hidden {architecture.hidden_size}, "
-        f"vocabulary {architecture.vocab_size:,}, {architecture.dtype}; {frozen:,} parameters"
-        + ("" if any(p.requires_grad for p in model.decoder.parameters()) else ", frozen")
-    )
+    is_frozen = not any(p.requires_grad for p in model.decoder.parameters())
+    say(_describe_base(base.architecture) + (", frozen" if is_frozen else ""))
     for line in dict.fromkeys(line for line, _ in facts if line is not None):
         say(line)
     sizes = sorted({size for _, size in facts})
     say(f"bytes a rank: {' to '.join(f'{size:,}' for size in dict.fromkeys((sizes[0], sizes[-1])))}")
 
 
+def _describe_base(base: BaseArchitecture) -> str:
+    num_parameters = sum(math.prod(spec.shape) for row in base_rows(base) for spec in stored_specs(row, base))
+    return (
+        f"base: {base.family}, {base.num_layers} layers, hidden {base.hidden_size}, vocabulary {base.vocab_size:,}, "
+        f"{base.dtype}; {num_parameters:,} parameters"
+    )
+
+
 def _describe_draft(draft: Draft) -> str:
     num_trained = sum(
         math.prod(whole_shape(entry, draft.tp)) for entry in sharded_tensors(draft) if entry.tensor.requires_grad
     )
-    return "; ".join([f"draft: {draft.label}", f"{num_trained:,} parameters, trained", *draft.facts()])
+    start = ["starts as the base's last layer"] if draft.is_warm_started else []
+    return "; ".join([f"draft: {draft.label}", f"{num_trained:,} parameters, trained", *draft.facts(), *start])

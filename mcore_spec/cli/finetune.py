@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mcore_spec.bases.megatron_build import check_layout
+from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.checkpoint.store import TRACKER, Checkpoint, check_save_directory, find_checkpoint, load_checkpoint
 from mcore_spec.cli.convert import layout_of
+from mcore_spec.cli.dry_run import Rehearsal, build_stages, say_weights
+from mcore_spec.cli.plan import describe_run, machine_of
 from mcore_spec.cli.terminal import say
 from mcore_spec.cli.training_arguments import FinetuneArguments
+from mcore_spec.config import EagleConfig
+from mcore_spec.conversion import find_algorithm
+from mcore_spec.data.sources import open_source
 from mcore_spec.data.store import TokenStore, build_token_store
 from mcore_spec.errors import CheckpointError, ConfigError
+from mcore_spec.evaluation.prompts import TokenizerPrompts
+from mcore_spec.parallel.imagined import imagined_world_size
 from mcore_spec.parallel.layout import (
     Layout,
     is_rank_zero,
@@ -22,6 +30,10 @@ from mcore_spec.parallel.layout import (
     run_on_every_rank,
     run_on_rank_zero,
 )
+from mcore_spec.planning.activations import TrainingSetup
+from mcore_spec.planning.layout import PlannedLayout
+from mcore_spec.planning.report import describe_model
+from mcore_spec.planning.shapes import ModelShape
 from mcore_spec.training.data import Conversations
 from mcore_spec.training.log import Entry, Logger, brief, draw_curves, open_loggers
 from mcore_spec.training.step import check_trainable
@@ -45,11 +57,14 @@ class Start(NamedTuple):
 def run(arguments: FinetuneArguments) -> None:
     """Check what can be checked, read the conversations, load the weights, train."""
     layout = replace(layout_of(arguments), context=arguments.context_parallel_size)
+    if arguments.dry_run:
+        _rehearse(arguments, layout)
+        return
     with parallel_runtime(layout, seed=arguments.seed):
         checkpoint, is_resumed = run_on_rank_zero(lambda: _find_start(arguments))
         check_trainable(checkpoint.record)
         check_layout(checkpoint.record.base, layout)
-        global_batch_size = _global_batch_size(arguments, layout)
+        global_batch_size = _global_batch_size(arguments, num_data=num_data_ranks(layout))
         store = _read_conversations(arguments, checkpoint)
         conversations = Conversations(store, arguments, global_batch_size=global_batch_size)
         begun = 0 if not is_resumed else checkpoint.iteration
@@ -67,12 +82,63 @@ def run(arguments: FinetuneArguments) -> None:
             num_iterations=conversations.num_iterations,
             global_batch_size=global_batch_size,
             tokenizer_files=sorted(checkpoint.tokenizer_path.glob("*")),
+            end_ids=_end_ids(arguments, checkpoint),
         )
         if is_resumed:
             trainer.resume(checkpoint)
         say(f"{'resumed' if is_resumed else 'loaded'} {checkpoint.path}; {_describe_run(conversations, trainer)}")
         progress = trainer.run(loggers)
         _say_end(arguments, progress, conversations.num_iterations, trainer)
+
+
+def _rehearse(arguments: FinetuneArguments, layout: Layout) -> None:
+    """The same checks, base and draft without memory, the plan of the run; conversations are not read."""
+    world_size = imagined_world_size(layout, num_gpus=arguments.num_gpus)
+    checkpoint, is_resumed = _find_start(arguments)
+    check_trainable(checkpoint.record)
+    base, conversion = checkpoint.record.base, checkpoint.record.conversion
+    check_layout(base, layout)
+    _check_seq_length(arguments, checkpoint)
+    for path in arguments.data_path:
+        open_source(path)
+    assert conversion is not None, "a trainable checkpoint has a draft"
+    draft = find_algorithm(conversion.algorithm).config_class.parse(conversion.config)
+    assert isinstance(draft, EagleConfig), "check_trainable knows no other draft"
+    setup = _planned(arguments, layout, checkpoint.record, draft, world_size=world_size)
+    global_batch_size = _global_batch_size(arguments, num_data=setup.layout.data)
+    built = Rehearsal(base, layout, world_size, (conversion.algorithm, draft), arguments.transformer_impl)
+    stages = build_stages(built)
+    say(f"would {'go on with' if is_resumed else 'begin with'} {checkpoint.path}")
+    machine = machine_of(arguments)
+    for line in (*describe_model(setup), *describe_run(setup, machine, global_batch_size=global_batch_size)):
+        say(line)
+    say_weights(layout, stages)
+    say("dry run: conversations were not read, nothing was written")
+
+
+def _planned(
+    arguments: FinetuneArguments, layout: Layout, record: CheckpointRecord, draft: EagleConfig, *, world_size: int
+) -> TrainingSetup:
+    """The run as a plan takes it, on GPUs."""
+    planned = PlannedLayout(
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        context=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        last_stage_layers=layout.last_stage_layers,
+    )
+    return TrainingSetup(
+        shape=ModelShape(record.identity.source, record.base),
+        draft=draft,
+        layout=replace(planned, data=world_size // planned.num_model_gpus),
+        seq_length=arguments.seq_length,
+        micro_batch_size=arguments.micro_batch_size,
+        packed=arguments.packing,
+        bf16=arguments.bf16,
+        # The default where CUDA is used.
+        use_distributed_optimizer=arguments.use_distributed_optimizer is not False,
+        recompute=arguments.recompute_granularity == "draft",
+    )
 
 
 def _find_start(arguments: FinetuneArguments) -> Start:
@@ -104,37 +170,33 @@ def _find_start(arguments: FinetuneArguments) -> Start:
     return Start(start._replace(record=record), is_resumed)
 
 
-def _global_batch_size(arguments: FinetuneArguments, layout: Layout) -> int:
+def _global_batch_size(arguments: FinetuneArguments, *, num_data: int) -> int:
     """Samples in a step.
 
     Raises:
         ConfigError: micro-batches of the ranks that do not make it up.
     """
-    smallest = arguments.micro_batch_size * num_data_ranks(layout)
+    smallest = arguments.micro_batch_size * num_data
     given = arguments.global_batch_size
     if given is not None and given % smallest:
         raise ConfigError(
             f"--global-batch-size {given} is not divisible by --micro-batch-size {arguments.micro_batch_size} x "
-            f"{num_data_ranks(layout)} data-parallel ranks; give a multiple of {smallest}"
+            f"{num_data} data-parallel ranks; give a multiple of {smallest}"
         )
     return given or smallest
+
+
+def _check_seq_length(arguments: FinetuneArguments, checkpoint: Checkpoint) -> None:
+    positions = checkpoint.record.base.max_position_embeddings
+    if arguments.seq_length > positions:
+        raise ConfigError(f"--seq-length {arguments.seq_length} is above the base's {positions} positions; lower it")
 
 
 def _read_conversations(arguments: FinetuneArguments, checkpoint: Checkpoint) -> TokenStore:
     """The tokenised conversations, made unless they are in the cache."""
     base = checkpoint.record.base
-    if arguments.seq_length > base.max_position_embeddings:
-        raise ConfigError(
-            f"--seq-length {arguments.seq_length} is above the base's {base.max_position_embeddings} positions; "
-            "lower it"
-        )
-    tokenizer = arguments.tokenizer_model
-    if tokenizer is None:
-        if not any(checkpoint.tokenizer_path.glob("*")):
-            raise ConfigError(
-                f"the checkpoint {checkpoint.path} has no tokenizer; give the base's with --tokenizer-model"
-            )
-        tokenizer = str(checkpoint.tokenizer_path)
+    _check_seq_length(arguments, checkpoint)
+    tokenizer = checkpoint.choose_tokenizer(arguments.tokenizer_model)
     cache = arguments.data_cache_path or str(Path(arguments.save) / "data_cache")
     store = build_token_store(
         arguments.data_path,
@@ -153,6 +215,15 @@ def _read_conversations(arguments: FinetuneArguments, checkpoint: Checkpoint) ->
     for reason in counts.skip_reasons:
         say(f"  left out: {reason}")
     return store
+
+
+def _end_ids(arguments: FinetuneArguments, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Tokens that end an answer, where answers are measured."""
+    if arguments.eval_acceptance_interval is None:
+        return ()
+    record = checkpoint.record
+    path = arguments.tokenizer_model or checkpoint.tokenizer_path
+    return TokenizerPrompts(path, vocab_size=record.base.vocab_size, config=record.identity.hf_config).end_ids
 
 
 def _open_loggers(arguments: FinetuneArguments, iteration: int) -> list[Logger]:

@@ -17,7 +17,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mcore_spec.cli.arguments import ConvertArguments, ExportArguments, flag_of
-from mcore_spec.cli.parser import parse_arguments, suggest
+from mcore_spec.cli.evaluation_arguments import GenerateArguments, ValidateArguments
+from mcore_spec.cli.parser import Section, parse_arguments, suggest
+from mcore_spec.cli.plan_arguments import PlanArguments
+from mcore_spec.cli.synthesis_arguments import PreparePromptsArguments, SynthesizeArguments
 from mcore_spec.cli.terminal import say, say_error
 from mcore_spec.cli.training_arguments import DraftVocabArguments, FinetuneArguments
 from mcore_spec.config import StrictConfig
@@ -45,7 +48,7 @@ class Command(NamedTuple):
     arguments_class: type[StrictConfig]
     description: str
     target: str  # "module:function", which takes the arguments
-    output: str  # the field that names the directory to write
+    output: str  # the field that names the directory or the file to write
 
     def load(self) -> Callable[[Any], None]:
         """Import the function."""
@@ -67,11 +70,41 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "mcore_spec.cli.draft_vocab:run",
             "output_dir",
         ),
+        "prepare-prompts": Command(
+            PreparePromptsArguments,
+            "Bring a well-known set of prompts, or your own, into one form.",
+            "mcore_spec.cli.prepare_prompts:run",
+            "output",
+        ),
+        "synthesize": Command(
+            SynthesizeArguments,
+            "Let the base model answer prompts, here or on a server: what its draft learns from.",
+            "mcore_spec.cli.synthesize:run",
+            "output",
+        ),
         "finetune": Command(
             FinetuneArguments,
             "Train the draft of a converted checkpoint on conversations.",
             "mcore_spec.cli.finetune:run",
             "save",
+        ),
+        "plan": Command(
+            PlanArguments,
+            "Reckon the bytes, work and speed of a training run before anything is allocated.",
+            "mcore_spec.cli.plan:run",
+            "pretrained_model_path",
+        ),
+        "validate": Command(
+            ValidateArguments,
+            "Measure a draft: speculative decoding of prompts, compared with the base alone.",
+            "mcore_spec.cli.validate:run",
+            "output",
+        ),
+        "generate": Command(
+            GenerateArguments,
+            "Answer a question, or hold a conversation, with the draft.",
+            "mcore_spec.cli.generate:run",
+            "load",
         ),
         "export": Command(
             ExportArguments,
@@ -111,7 +144,11 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         arguments = parse_arguments(
-            command.arguments_class, words, prog=f"{PROG} {name}", description=command.description
+            command.arguments_class,
+            words,
+            prog=f"{PROG} {name}",
+            description=command.description,
+            section=Section(name, list(COMMANDS)),
         )
     except McoreSpecError as error:
         say_error(str(error))
@@ -173,3 +210,7 @@ def _overview() -> str:
             f"`{PROG} COMMAND --help` lists the options of a command.",
         ]
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

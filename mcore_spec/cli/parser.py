@@ -32,7 +32,26 @@ class Given(NamedTuple):
     where: str
 
 
-def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str], *, prog: str, description: str) -> Arguments:
+class Section(NamedTuple):
+    """Which part of a file with a section for each command is read.
+
+    Attributes:
+        name: of the command.
+        known: every command.
+    """
+
+    name: str
+    known: Sequence[str]
+
+
+def parse_arguments(
+    arguments_class: type[Arguments],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    section: Section | None = None,
+) -> Arguments:
     """Read a command line.
 
     Args:
@@ -40,6 +59,7 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str], *, pr
         argv: the command line without the program's name.
         prog: the program's name, for ``--help`` and errors.
         description: one line for ``--help``.
+        section: of a ``--config`` file that has sections.
 
     Raises:
         ConfigError: an unknown or repeated flag or key, a wrong or missing value, an unreadable file.
@@ -53,7 +73,7 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str], *, pr
         raise ConfigError(_describe_rest(rest, known=known, prog=prog))
     flags = vars(namespace)
     config = flags.pop("config", None)
-    given = {} if config is None else _read_config(Path(config), arguments_class)
+    given = {} if config is None else _read_config(Path(config), arguments_class, section)
     given |= {name: Given(value, flag_of(name)) for name, value in flags.items()}
     try:
         return arguments_class.model_validate({name: each.value for name, each in given.items()})
@@ -105,7 +125,8 @@ def _build_parser(arguments_class: type[StrictConfig], *, prog: str, description
         "--config",
         action=_StoreOnce,
         metavar="FILE",
-        help="YAML file with values by option name, without the leading dashes. Flags win over it.",
+        help="YAML file with values by option name, without the leading dashes, or with such a section for each "
+        "command. Flags win over it.",
     )
     seen: set[str] = set()
     for contributor in arguments_class.__mro__:
@@ -173,14 +194,14 @@ def _default(field: FieldInfo) -> str:
 # --- the YAML file --------------------------------------------------------------------------------
 
 
-def _read_config(path: Path, arguments_class: type[StrictConfig]) -> dict[str, Given]:
+def _read_config(path: Path, arguments_class: type[StrictConfig], section: Section | None) -> dict[str, Given]:
     """The values in a YAML file, by field name.
 
     Raises:
         ConfigError: with file and line.
     """
     try:
-        return dict(_config_items(path, arguments_class))
+        return dict(_config_items(path, arguments_class, section))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; name a YAML file that can be read") from error
     except yaml.MarkedYAMLError as error:
@@ -191,12 +212,16 @@ def _read_config(path: Path, arguments_class: type[StrictConfig]) -> dict[str, G
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _config_items(path: Path, arguments_class: type[StrictConfig]) -> Iterator[tuple[str, Given]]:
+def _config_items(
+    path: Path, arguments_class: type[StrictConfig], section: Section | None
+) -> Iterator[tuple[str, Given]]:
     # Nodes know their lines, and still show a key that stands twice, of which a dict keeps the last.
     loader = yaml.SafeLoader(path.read_bytes())
     root = loader.get_single_node()
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: expected lines of the form `option: value`")
+    if section is not None and any(isinstance(value_node, yaml.MappingNode) for _, value_node in root.value):
+        root = _section_of(root, section, path)
     lines: dict[str, int] = {}
     for key_node, value_node in root.value:
         line = key_node.start_mark.line + 1
@@ -219,6 +244,27 @@ def _config_items(path: Path, arguments_class: type[StrictConfig]) -> Iterator[t
             expected = "true or false" if _is_switch(field) else f"{_metavar(name, field)}, not true or false"
             raise ConfigError(f"{where} = {value!r}: expected {expected}")
         yield name, Given(value, where)
+
+
+def _section_of(root: yaml.MappingNode, section: Section, path: Path) -> yaml.MappingNode:
+    """The part of a recipe that is for this command; the parts for others are not looked into.
+
+    Raises:
+        ConfigError: a section of no command, one that stands twice, none for this one, or an option outside of them.
+    """
+    found: dict[str, yaml.MappingNode] = {}
+    for key_node, value_node in root.value:
+        where, name = f"{path}:{key_node.start_mark.line + 1}: {key_node.value}", str(key_node.value)
+        if name not in section.known:
+            hint = suggest(name, section.known, otherwise=f"sections: {', '.join(section.known)}")
+            raise ConfigError(f"{where}: no such command; {hint}")
+        if name in found or not isinstance(value_node, yaml.MappingNode):
+            problem = "already given: keep one" if name in found else "expected lines of the form `option: value`"
+            raise ConfigError(f"{where}: {problem}")
+        found[name] = value_node
+    if section.name not in found:
+        raise ConfigError(f"{path}: no section {section.name!r}, it has {', '.join(found)}; add one, or use flags")
+    return found[section.name]
 
 
 # --- messages -------------------------------------------------------------------------------------

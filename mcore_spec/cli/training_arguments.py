@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from mcore_spec.cli.arguments import ParallelArguments
+from mcore_spec.cli.arguments import DryRunArguments, ParallelArguments
 from mcore_spec.config import DataConfig, TrainingConfig
 
 
-class FinetuneArguments(ParallelArguments, TrainingConfig):
+class FinetuneArguments(ParallelArguments, TrainingConfig, DryRunArguments):
     """What is trained, and where the result goes."""
 
     load: str = Field(min_length=1, description="Megatron-core checkpoint with the draft, as convert writes it.")

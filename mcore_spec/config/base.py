@@ -14,6 +14,14 @@ from mcore_spec.config.strict import StrictConfig
 
 Family = Literal["llama", "mistral", "phi3", "qwen2", "qwen3", "megatron"]
 DtypeName = Literal["bfloat16", "float16", "float32", "float64"]
+# Hugging Face's architecture class -> our family, and what that family always has.
+HF_FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Phi3ForCausalLM": "phi3",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
 RopeType = Literal["default", "linear", "llama3", "yarn", "longrope"]
 
 # Keys of a scaling dictionary, in transformers' spelling: required, then optional.

@@ -18,7 +18,7 @@ from mcore_spec.errors import ConfigError, UnsupportedError
 
 EagleAlgorithm = Literal["eagle1", "eagle3", "eagle-mtp"]
 # What a draft's weights start as.
-DraftInit = Literal["random", "base"]
+DraftInit = Literal["auto", "random", "base"]
 
 # Keys of ModelOpt's architecture configuration that the base model owns. A user's file may carry them;
 # they are checked against the base by convert() instead of being believed.

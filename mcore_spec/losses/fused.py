@@ -160,6 +160,8 @@ class _Scratch:
     def block(self, num_rows: int, width: int) -> Tensor:
         """An uninitialised, contiguous [num_rows, width]; the one before is overwritten."""
         if self._flat.numel() < num_rows * width:
+            # The small one is let go first: the two together would be a block more at the peak.
+            self._flat = self._flat.new_empty(0)
             self._flat = self._flat.new_empty(num_rows * width)
         return self._flat[: num_rows * width].view(num_rows, width)
 

@@ -9,18 +9,10 @@ from typing import Any, get_args
 from transformers import AutoConfig, PreTrainedConfig
 
 from mcore_spec.config import BaseArchitecture, DtypeName, Family, RopeConfig
-from mcore_spec.config.base import RopeType
+from mcore_spec.config.base import HF_FAMILIES, RopeType
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.weights.families import hf_family
 
-# Hugging Face's architecture class -> our family, and what that family always has.
-FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Phi3ForCausalLM": "phi3",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
 # Files beside the weights that a checkpoint carries along, so that training and export need no source.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,8 +28,12 @@ TOKENIZER_FILES = (
 HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES)
 
 
-def locate(path_or_hub_id: str) -> Path:
+def locate(path_or_hub_id: str, *, with_weights: bool = True) -> Path:
     """A local directory, or the snapshot of a hub repository (downloaded if it is not cached).
+
+    Args:
+        path_or_hub_id: either.
+        with_weights: of a hub repository; otherwise its configuration and tokenizer alone.
 
     Raises:
         ConfigError: neither.
@@ -48,8 +44,9 @@ def locate(path_or_hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = HUB_PATTERNS if with_weights else ("config.json", *TOKENIZER_FILES)
     try:
-        return Path(snapshot_download(path_or_hub_id, allow_patterns=list(HUB_PATTERNS)))
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=list(patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -88,11 +85,11 @@ def describe_hf(raw: dict[str, Any], *, where: str) -> BaseArchitecture:
         ConfigError: values that transformers refuses.
     """
     architecture = (raw.get("architectures") or [None])[0]
-    if architecture not in FAMILIES:
+    if architecture not in HF_FAMILIES:
         raise UnsupportedError(
-            f"{where}: architectures = {architecture!r} is not supported; supported: {', '.join(FAMILIES)}"
+            f"{where}: architectures = {architecture!r} is not supported; supported: {', '.join(HF_FAMILIES)}"
         )
-    family = FAMILIES[architecture]
+    family = HF_FAMILIES[architecture]
     config = _parse(raw, where=where)
     for field in ("attention_bias", "mlp_bias", "quantization_config"):
         if raw.get(field):
@@ -176,7 +173,7 @@ def to_hf_config(base: BaseArchitecture) -> dict[str, Any]:
         UnsupportedError: a combination of features that no family has.
     """
     family = hf_family(base)
-    names = {ours: theirs for theirs, ours in FAMILIES.items()}
+    names = {ours: theirs for theirs, ours in HF_FAMILIES.items()}
     values: dict[str, Any] = {
         "architectures": [names[family]],
         "model_type": family,
