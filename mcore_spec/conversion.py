@@ -162,7 +162,7 @@ def convert(
             vocabulary is smaller than the base's.
         seed: of the initial weights; they do not depend on the parallel layout.
         draft_init: ``"base"``: EAGLE-3's first layer starts as the base's last one; ``"random"``; or ``"auto"``: as
-            the base where the sizes are the same, which learns faster, and random otherwise.
+            the base where it then is the base's layer, which learns faster, and random otherwise.
 
     Returns:
         The same object.
@@ -249,6 +249,6 @@ def _fill_draft(draft: Draft, base: MegatronBase, *, d2t: Tensor | None, seed: i
     if draft_init == "random":
         return
     last_layer = base.last_layer_weights()
-    if draft_init == "base" or draft.can_warm_start(last_layer):
+    if draft_init == "base" or draft.can_warm_start(last_layer, base.architecture):
         draft.warm_start(last_layer, base.final_norm_weight())
         draft.is_warm_started = True

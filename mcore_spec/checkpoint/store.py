@@ -188,6 +188,9 @@ def check_save_directory(directory: Path, identity: BaseIdentity) -> None:
         CheckpointError: it holds checkpoints of another base.
         OSError: it cannot be created or written to.
     """
+    # A process that was killed between naming a whole iteration and announcing it left the announcement inside.
+    for announcement in sorted(directory.glob(f"iter_*/{TRACKER}")):
+        announcement.replace(directory / TRACKER)
     created = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)

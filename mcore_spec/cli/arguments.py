@@ -173,7 +173,7 @@ class ConvertArguments(BaseArguments, ParallelArguments, DryRunArguments):
     draft_init: DraftInit = Field(
         "auto",
         description="What the draft starts as: random, or EAGLE-3's layer as the base's last one (base); auto: base "
-        "where the sizes are the same (eagle).",
+        "where it then is the base's layer, random where sizes, norms or biases differ (eagle).",
     )
     export_num_medusa_heads: int | None = Field(
         None, ge=1, description=f"Heads; head i predicts token t+2+i (medusa). Default: {_MEDUSA.medusa_num_heads}."

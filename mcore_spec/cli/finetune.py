@@ -35,7 +35,7 @@ from mcore_spec.planning.layout import PlannedLayout
 from mcore_spec.planning.report import describe_model
 from mcore_spec.planning.shapes import ModelShape
 from mcore_spec.training.data import Conversations
-from mcore_spec.training.log import Entry, Logger, brief, draw_curves, open_loggers
+from mcore_spec.training.log import Entry, Logger, brief, check_loggers, draw_curves, open_loggers
 from mcore_spec.training.step import check_trainable
 from mcore_spec.training.trainer import Progress, Trainer
 
@@ -71,7 +71,7 @@ def run(arguments: FinetuneArguments) -> None:
         if begun >= conversations.num_iterations:
             say(f"{checkpoint.path} is the end of the run: {conversations.num_iterations} iterations; nothing to do")
             return
-        loggers = run_on_every_rank(lambda: _open_loggers(arguments, begun))
+        run_on_rank_zero(lambda: check_loggers(arguments.loggers))
         model = load_checkpoint(checkpoint, layout, transformer_impl=arguments.transformer_impl)
         trainer = Trainer(
             model,
@@ -86,6 +86,8 @@ def run(arguments: FinetuneArguments) -> None:
         )
         if is_resumed:
             trainer.resume(checkpoint)
+        # Nothing is refused any more: the log may lose what stands behind the iteration that is gone on from.
+        loggers = run_on_every_rank(lambda: _open_loggers(arguments, begun))
         say(f"{'resumed' if is_resumed else 'loaded'} {checkpoint.path}; {_describe_run(conversations, trainer)}")
         progress = trainer.run(loggers)
         _say_end(arguments, progress, conversations.num_iterations, trainer)
@@ -153,12 +155,10 @@ def _find_start(arguments: FinetuneArguments) -> Start:
     newest = find_checkpoint(save) if (save / TRACKER).exists() else None
     is_resumed = newest is not None and newest.record.training is not None and arguments.ckpt_step is None
     if newest is not None and not is_resumed:
-        first = arguments.save_interval or 0
-        if 0 < first <= newest.iteration:
-            raise CheckpointError(
-                f"save = {save} holds iteration {newest.iteration} already, and --save-interval {first} would write "
-                "one before it; choose another directory"
-            )
+        raise CheckpointError(
+            f"save = {save} holds iteration {newest.iteration} already, and this run begins anew; choose another "
+            "directory (to go on with the newest iteration of a run, leave --ckpt-step out)"
+        )
     start = newest if is_resumed and newest is not None else given
     if is_resumed and start.record.conversion != given.record.conversion:
         raise CheckpointError(
@@ -227,7 +227,7 @@ def _end_ids(arguments: FinetuneArguments, checkpoint: Checkpoint) -> tuple[int,
 
 
 def _open_loggers(arguments: FinetuneArguments, iteration: int) -> list[Logger]:
-    """On rank 0; before any weight is read, so that a missing package costs no time."""
+    """On rank 0."""
     if not is_rank_zero():
         return []
     loggers = open_loggers(

@@ -38,6 +38,12 @@ class TrainingConfig(DataConfig):
     train_iters: int | None = Field(None, ge=1, description="Optimizer steps. This, --train-samples or --num-epochs.")
     train_samples: int | None = Field(None, ge=1, description="Samples to train on, rounded down to whole steps.")
     num_epochs: int | None = Field(None, ge=1, description="Times to go through the training conversations.")
+    fit_start: int = Field(
+        0,
+        ge=0,
+        description="Global batches from which the draft's first weights are solved by least squares, before the first "
+        "step; they replace what convert made. 0: none.",
+    )
     lr: float = Field(1e-4, gt=0, description="Highest learning rate.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
     lr_scaling: Literal["width", "none"] = Field(

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from mcore_spec.config import BaseArchitecture
+from mcore_spec.drafts.linear_start import LinearMap
 from mcore_spec.errors import UnsupportedError
 from mcore_spec.layers.linear import VocabularyHead
 from mcore_spec.parallel.sharding import sharded_state_dict
@@ -65,8 +67,13 @@ class Draft(nn.Module):
             head_row_norm: root mean square of the norms of the base's head rows.
         """
 
-    def can_warm_start(self, layer: Mapping[str, Tensor]) -> bool:
-        """Whether `warm_start` would take this layer."""
+    def can_warm_start(self, layer: Mapping[str, Tensor], base: BaseArchitecture) -> bool:
+        """Whether the draft behind `warm_start` would be the base with fewer layers, and nothing else.
+
+        Args:
+            layer: as of `warm_start`.
+            base: the base model.
+        """
         return False
 
     def warm_start(self, layer: Mapping[str, Tensor], final_norm: Tensor) -> None:
@@ -80,6 +87,31 @@ class Draft(nn.Module):
             UnsupportedError: this kind of draft has no such start.
         """
         raise UnsupportedError(f"draft_init = base is not built for {self.label}; choose draft_init = random")
+
+    def linear_inputs(self, features: Tensor, embedding: Tensor) -> Tensor:
+        """What a least-squares start regresses the base's next hidden state on, [s or s/size, b, f + h].
+
+        Args:
+            features: what `reads` says, [s or s/size, b, ...].
+            embedding: of the token behind each row, [s or s/size, b, h].
+
+        Raises:
+            UnsupportedError: this kind of draft has no such start.
+        """
+        raise UnsupportedError(f"fit_start is not built for {self.label}; leave it at 0")
+
+    def linear_start(self, solution: LinearMap, final_norm: Tensor, *, seed: int) -> None:
+        """Start as the solution, as nearly as the draft can hold it.
+
+        Args:
+            solution: of the regression on `linear_inputs`.
+            final_norm: weight of the base's final norm, [h].
+            seed: of what is drawn.
+
+        Raises:
+            UnsupportedError: this kind of draft has no such start.
+        """
+        raise UnsupportedError(f"fit_start is not built for {self.label}; leave it at 0")
 
     def layer_of_base(self) -> nn.Module | None:
         """The decoder layer that starts as the base's last one, if one does."""

@@ -15,16 +15,21 @@ from torch import Tensor, nn
 
 from mcore_spec.config import BaseArchitecture, EagleConfig
 from mcore_spec.drafts.draft import Reads, draft_to_target
+from mcore_spec.drafts.linear_start import Factors, LinearMap, factor
 from mcore_spec.drafts.resolve import resolve_rope
 from mcore_spec.drafts.steps import StepOutput
 from mcore_spec.drafts.stepwise import StepwiseDraft
 from mcore_spec.errors import ConfigError
 from mcore_spec.layers.attention import Rows, TTTAttention
 from mcore_spec.layers.decoder import DecoderLayer, LayerShape, gated_mlp, init_linear_weights
+from mcore_spec.layers.init import full_normal
 from mcore_spec.layers.linear import ShardedLinear, VocabularyHead, project_sharded_columns
 from mcore_spec.layers.norm import RMSNorm
 from mcore_spec.parallel.tensor_parallel import Placement
 
+# Score of a row with itself at a least-squares start; others' are near zero, so that it has nearly all of the weight
+# among hundreds (e^11.5 is 10^5).
+SELF_SCORE = 11.5
 # Weights of the first layer -> weights of the base's last one that a warm start takes for them.
 _WARM_START = {
     "hidden_norm.weight": "input_layernorm.weight",
@@ -69,6 +74,29 @@ class Eagle3Layer(nn.Module):
         joined = torch.cat((self.input_layernorm(embedding), normed), dim=-1)
         x = residual + self.self_attn(joined, rows=rows)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    @property
+    def num_values(self) -> int:
+        """Numbers that all key/value heads pass on for a row."""
+        shape = self.self_attn.shape
+        return shape.num_kv_heads * shape.head_dim
+
+    @torch.no_grad()
+    def linear_start(self, values: Factors, *, seed: int) -> None:
+        """Add embedding @ first @ second to the residual, as nearly as attention can: see `Eagle3Draft`'s."""
+        attention, shape = self.self_attn, self.self_attn.shape
+        heads, group = (shape.num_kv_heads, 1, shape.head_dim), shape.num_heads // shape.num_kv_heads
+        attention.v_proj.load_whole(_reading_embedding(values.first.t()))
+        output = values.second.unflatten(0, heads).expand(-1, group, -1, -1).flatten(0, 2)
+        attention.o_proj.load_whole(output.t() / group)
+        # Entries of a normed embedding have a mean square of about one.
+        hidden_size = values.first.shape[0]
+        std = math.sqrt(SELF_SCORE / math.sqrt(shape.head_dim) / hidden_size)
+        key = full_normal((self.num_values, hidden_size), std=std, seed=seed, name="linear_start.key")
+        query = key.unflatten(0, heads).expand(-1, group, -1, -1).flatten(0, 2)
+        attention.k_proj.load_whole(_reading_embedding(key))
+        attention.q_proj.load_whole(_reading_embedding(query))
+        self.mlp.down_proj.weight.zero_()
 
 
 class Eagle3Draft(StepwiseDraft):
@@ -142,13 +170,21 @@ class Eagle3Draft(StepwiseDraft):
         """Weights of the last norm such that the first logits have a standard deviation of about one.
 
         The loss of step 0 then starts near log(vocabulary), whatever the scale of head and aux hidden states. A
-        power of two, so that the rounding of another layout makes no other weights.
+        power of two, so that the rounding of another layout makes no other weights. A head without numbers is left to
+        training, which names the weight.
         """
+        if not math.isfinite(head_row_norm) or head_row_norm == 0:
+            return
         self.norm.weight.fill_(2.0 ** round(-math.log2(head_row_norm)))
 
-    def can_warm_start(self, layer: Mapping[str, Tensor]) -> bool:
-        """Whether the first layer has the sizes of the base's."""
-        return not self._misfits(layer)
+    def can_warm_start(self, layer: Mapping[str, Tensor], base: BaseArchitecture) -> bool:
+        """Whether the first layer has the sizes of the base's, its functions, and norms in the same places."""
+        ours = self.architecture
+        if ours.norm_before_residual or ours.norm_before_fc or ours.fc_norm or ours.attention_bias or ours.mlp_bias:
+            return False
+        if base.qkv_bias or base.qk_norm or resolve_rope(ours, base) != base.rope:
+            return False
+        return (ours.hidden_act, ours.rms_norm_eps) == (base.hidden_act, base.rms_norm_eps) and not self._misfits(layer)
 
     @torch.no_grad()
     def warm_start(self, layer: Mapping[str, Tensor], final_norm: Tensor) -> None:
@@ -174,11 +210,45 @@ class Eagle3Draft(StepwiseDraft):
         self.norm.weight.copy_(final_norm)
         whole = torch.zeros(hidden_size, self.fc.in_features)
         whole[:, -hidden_size:] = torch.eye(hidden_size)
-        self.fc.weight.copy_(whole.chunk(self.tp.size, dim=1)[self.tp.rank])
+        self.fc.load_whole(whole)
+
+    def linear_inputs(self, features: Tensor, embedding: Tensor) -> Tensor:
+        """What fc reads, and the normed embedding; [s or s/size, b, n h + h]."""
+        return torch.cat((self._fc_input(features), self._first_layer().input_layernorm(embedding)), dim=-1)
+
+    @torch.no_grad()
+    def linear_start(self, solution: LinearMap, final_norm: Tensor, *, seed: int) -> None:
+        """Be the linear map, but for what attention adds to it.
+
+        fc is the features' part. The embedding's goes through value and output projection, whose rank it is cut to;
+        query and key are one random projection of the embedding, by which a row sees itself before all others. MLPs
+        and further layers start as nothing, the last norm as the base's.
+
+        Raises:
+            ConfigError: the residual is the normed hidden state, whose length the map cannot use.
+        """
+        if self.architecture.norm_before_residual:
+            raise ConfigError("fit_start needs norm_before_residual = false; leave it at 0")
+        # The last norm multiplies by its weight once more.
+        unweighted = torch.where(final_norm.abs() > 1e-6, 1 / final_norm.double(), 0.0)
+        self.fc.load_whole((solution.features * unweighted).t())
+        first = self._first_layer()
+        values = factor(solution, rank=first.num_values)
+        first.linear_start(values._replace(second=values.second * unweighted), seed=seed)
+        for layer in self.layers[1:]:
+            assert isinstance(layer, DecoderLayer)
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        self.norm.weight.copy_(final_norm)
+
+    def _first_layer(self) -> Eagle3Layer:
+        first = self.layers[0]
+        assert isinstance(first, Eagle3Layer)
+        return first
 
     def _warm_started(self) -> list[tuple[str, Tensor]]:
         """Names in the base's layer, and the weights of the first layer that take their values."""
-        first = self.layers[0]
+        first = self._first_layer()
         pairs: list[tuple[str, Tensor]] = [(theirs, first.get_parameter(ours)) for ours, theirs in _WARM_START.items()]
         for name in ("q_proj", "k_proj", "v_proj"):
             weight = first.get_parameter(f"self_attn.{name}.weight")
@@ -197,12 +267,15 @@ class Eagle3Draft(StepwiseDraft):
 
     def start(self, features: Tensor) -> Tensor:
         """Joined aux hidden states [s or s/size, b, n h] -> g_0, [s or s/size, b, h]."""
+        return project_sharded_columns(self.fc, self._fc_input(features))
+
+    def _fc_input(self, features: Tensor) -> Tensor:
         if self.input_norm is not None:
             features = self.input_norm(features)
         if self.fc_norm is not None:
             parts = features.chunk(len(self.fc_norm), dim=-1)
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
-        return project_sharded_columns(self.fc, features)
+        return features
 
     def step(self, state: Tensor, embedding: Tensor, rows: Sequence[Rows]) -> StepOutput:
         """One step; arguments as of `StepwiseDraft.step`."""
@@ -211,3 +284,8 @@ class Eagle3Draft(StepwiseDraft):
             x = layer(x, rows=layer_rows)
         hidden = self.norm(x)
         return StepOutput(hidden, hidden if self.architecture.norm_output else x)
+
+
+def _reading_embedding(weight: Tensor) -> Tensor:
+    """Columns for the embedding -> columns for [embedding ; hidden state], of which the second half is zero."""
+    return torch.cat((weight, torch.zeros_like(weight)), dim=1)

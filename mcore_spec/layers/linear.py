@@ -68,9 +68,14 @@ class ShardedLinear(nn.Module):
     def init_weights(self, name: str, *, std: float, seed: int) -> None:
         """Normal weight, zero bias; the same whole matrix under every tensor-parallel size."""
         full = full_normal((self.out_features, self.in_features), std=std, seed=seed, name=f"{name}.weight")
-        self.weight.copy_(full.chunk(self.tp.size, dim=self.shard_dim)[self.tp.rank])
+        self.load_whole(full)
         if self.bias is not None:
             self.bias.zero_()
+
+    @torch.no_grad()
+    def load_whole(self, weight: Tensor) -> None:
+        """Keep this rank's part of a whole weight [out, in]."""
+        self.weight.copy_(weight.chunk(self.tp.size, dim=self.shard_dim)[self.tp.rank])
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in (or in/size)] -> [..., out/size (or a term of out)]."""

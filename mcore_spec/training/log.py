@@ -71,10 +71,10 @@ def _whole_lines(path: Path) -> list[str]:
 class TensorBoardLogger:
     """Scalars for TensorBoard, one a TTT step where a figure has several."""
 
-    def __init__(self, directory: Path) -> None:
-        """Open ``DIR/tensorboard``."""
+    def __init__(self, directory: Path, *, iteration: int) -> None:
+        """Open ``DIR/tensorboard``, where what stands behind `iteration` is no longer shown."""
         module = _import("torch.utils.tensorboard", "tensorboard")
-        self._writer = module.SummaryWriter(str(directory / "tensorboard"))
+        self._writer = module.SummaryWriter(str(directory / "tensorboard"), purge_step=iteration + 1)
 
     def write(self, entry: Entry) -> None:
         """Write each figure under its name."""
@@ -127,6 +127,16 @@ def scalars(entry: Entry) -> dict[str, float]:
     return flat
 
 
+def check_loggers(names: Sequence[str]) -> None:
+    """Refuse loggers whose packages are not there, before anything is written.
+
+    Raises:
+        ConfigError: a package is not installed.
+    """
+    for name in names:
+        _import("torch.utils.tensorboard" if name == "tensorboard" else name, name)
+
+
 def open_loggers(names: Sequence[str], directory: Path, *, iteration: int, settings: Mapping[str, Any]) -> list[Logger]:
     """``train_log.jsonl`` and the named ones.
 
@@ -134,7 +144,9 @@ def open_loggers(names: Sequence[str], directory: Path, *, iteration: int, setti
         ConfigError: a logger's package is not installed.
     """
     others: list[Logger] = [
-        TensorBoardLogger(directory) if name == "tensorboard" else RunLogger(name, directory, settings)
+        TensorBoardLogger(directory, iteration=iteration)
+        if name == "tensorboard"
+        else RunLogger(name, directory, settings)
         for name in names
     ]
     return [JsonLinesLogger(directory, iteration=iteration), *others]
@@ -145,6 +157,7 @@ class ProgressBar:
 
     def __init__(self, *, num_iterations: int, iteration: int, is_shown: bool) -> None:
         """Draw the bar at `iteration`."""
+        self._is_shown = is_shown
         self._bar = tqdm(
             total=num_iterations,
             initial=iteration,
@@ -157,6 +170,11 @@ class ProgressBar:
     def advance(self) -> None:
         """One iteration more."""
         self._bar.update()
+
+    def note(self, text: str) -> None:
+        """Say something that is no figure, above the bar."""
+        if self._is_shown:
+            tqdm.write(text, file=sys.stderr)
 
     def show(self, entry: Entry) -> None:
         """Put the newest figures behind the bar."""
@@ -174,6 +192,8 @@ def brief(entry: Entry) -> str:
         length, *by_position = ("-" if share is None else f"{share:.3f}" for share in shares)
         return f"measured acceptance length {length}, by position {' '.join(by_position)}"
     prefix = "" if "loss" in entry else VALIDATION
+    if entry[f"{prefix}loss"] is None:
+        return "no step counted: none had a finite gradient and rows in the loss"
     accuracy = " ".join(f"{each:.3f}" for each in entry[f"{prefix}accuracy"])
     text = (
         f"{prefix.replace('_', ' ')}loss {entry[f'{prefix}loss']:.4f}, accuracy {accuracy}, "
@@ -193,7 +213,7 @@ def draw_curves(directory: Path) -> Path | None:
     except ImportError:
         return None
     entries = [json.loads(line) for line in _whole_lines(directory / LOG_NAME)]
-    entries = [entry for entry in entries if "loss" in entry]
+    entries = [entry for entry in entries if entry.get("loss") is not None]
     if not entries:
         return None
     figure = Figure(figsize=(12, 3.5), layout="constrained")

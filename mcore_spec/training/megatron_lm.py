@@ -62,7 +62,7 @@ class MegatronForwardStep:
 
 def _loss_function(output: LossOutput, loss: Tensor) -> tuple[Tensor, Tensor, Report]:
     """Loss sum, its tokens, and pairs (sum, count) as Megatron-LM averages them for its log."""
-    rows = output.rows_by_step[0]
+    rows = output.judged_by_step[0]
     report = {"draft loss": torch.stack((loss.detach().double(), rows.double()))}
     for step, (correct, judged) in enumerate(zip(output.correct_by_step, output.judged_by_step, strict=True)):
         report[f"draft accuracy {step}"] = torch.stack((correct.double(), judged.double()))

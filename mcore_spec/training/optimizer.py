@@ -129,6 +129,10 @@ class DraftOptimizer:
         )
         self.schedule(0)
 
+    def take_weights(self) -> None:
+        """Let the main weights be the model's, behind a change of those."""
+        self.optimizer.reload_model_params()
+
     def zero_grad(self) -> None:
         """Forget the gradients; before the first micro-batch of a step."""
         self.ddp.zero_grad_buffer()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
@@ -25,6 +27,13 @@ from mcore_spec.parallel.collectives import Group, gather_without_grad
 from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.sharding import sharded_tensors
 from mcore_spec.parallel.tensor_parallel import SEQUENCE_DIM
+
+
+class LinearRows(NamedTuple):
+    """What the draft reads, [n, f + h], and the base's next last hidden state, [n, h]."""
+
+    inputs: Tensor
+    targets: Tensor
 
 
 class DraftStep:
@@ -103,6 +112,23 @@ class DraftStep:
             keep_out_of_vocabulary=self.config.eagle_keep_out_of_vocabulary,
             labels=None if self.config.eagle_self_logit_distillation else documents.take(batch.labels, 1),
         )
+
+    @torch.no_grad()
+    def linear_rows(self, batch: Batch) -> LinearRows | None:
+        """What a least-squares start learns from: this context-parallel rank's rows that count at step 0."""
+        documents = Documents(batch.bounds, lengths=batch.lengths, group=self.context_group)
+        features = self.base.features(batch.token_ids[None], aux_layer_ids=self.aux_layer_ids, documents=documents)
+        if features is None:
+            return None
+        assert self.draft is not None
+        assert features.aux is not None
+        embedding = self.base.embed(documents.take(batch.step_token_ids, 1)[:1])
+        inputs = self.draft.linear_inputs(features.aux, embedding)
+        if self.base.tp.sequence_parallel:
+            inputs = gather_without_grad(inputs, SEQUENCE_DIM, self.base.tp.group)
+        rows = documents.take(batch.counted, 1)[0].nonzero()[:, 0]
+        following = documents.row_index.to(rows.device)[rows] + 1
+        return LinearRows(inputs[rows, 0], self._teacher(features, documents)[following])
 
     def _mixing(self, batch: Batch, documents: Documents) -> Mixing | None:
         """How states are mixed; not in validation, which measures what an engine will compute."""

@@ -57,8 +57,8 @@ class Totals:
 
     @property
     def num_rows(self) -> int:
-        """Rows in the loss at step 0: what loss and gradient are divided by."""
-        return int(self.sums[self.num_steps])
+        """Rows that count at step 0: what loss and gradient are divided by."""
+        return int(self.sums[2 * self.num_steps])
 
     @property
     def num_tokens(self) -> int:
@@ -71,7 +71,7 @@ class Totals:
         loss_sums, rows, judged, correct = self.sums[: 4 * steps].view(4, steps)
         loss, accepted = self.sums[4 * steps : -1].tolist()
         return Means(
-            loss=loss / max(float(rows[0]), 1.0),
+            loss=loss / max(float(judged[0]), 1.0),
             loss_by_step=(loss_sums / rows.clamp(min=1)).tolist(),
             accuracy=(correct / judged.clamp(min=1)).tolist(),
             simulated_acceptance_length=1.0 + accepted / max(float(judged[0]), 1.0),
@@ -83,7 +83,7 @@ class Means:
     """Averages over rows.
 
     Attributes:
-        loss: sum over steps of decay^k times the loss of its rows, a row of step 0.
+        loss: sum over steps of decay^k times the loss of its rows, a counted row of step 0.
         loss_by_step: mean loss of each TTT step's rows, in nats.
         accuracy: fraction of each step's rows on which the draft's best token is the base's.
         simulated_acceptance_length: 1 + accepted tokens of a row, were the data what the base would say.

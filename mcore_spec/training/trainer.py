@@ -19,6 +19,7 @@ from mcore_spec.data.document import Document
 from mcore_spec.errors import CheckpointError, ConfigError, TrainingError
 from mcore_spec.parallel.layout import is_rank_zero, run_on_every_rank
 from mcore_spec.training.acceptance import AcceptanceCheck
+from mcore_spec.training.linear_start import fit_linear_start
 from mcore_spec.training.log import VALIDATION, Entry, Logger, ProgressBar
 from mcore_spec.training.optimizer import DraftOptimizer, StepResult
 from mcore_spec.training.signals import StopRequest, stop_on_signal
@@ -65,6 +66,8 @@ class Progress:
     num_updates: int = 0
     num_skipped: int = 0
     num_skipped_in_a_row: int = 0
+    # The run was stopped where it would have been validated: that is done when it goes on.
+    is_validation_due: bool = False
 
 
 class Trainer:
@@ -157,6 +160,7 @@ class Trainer:
         )
         with stop_on_signal() as stop:
             try:
+                self._fit_start()
                 self._loop(loggers, bar, stop)
             finally:
                 bar.close()
@@ -164,34 +168,54 @@ class Trainer:
                     logger.close()
         return self.progress
 
+    def _fit_start(self) -> None:
+        """The draft's first weights from the first batches, if that is asked for and no step was made yet."""
+        if self.config.fit_start == 0 or self.progress.iteration > 0:
+            return
+        batches = (
+            batch.to(self.device)
+            for index in range(self.config.fit_start)
+            for batch in self.data.train.micro_batches(index)
+        )
+        fit_linear_start(self.model, self.step, batches, seed=self.config.seed)
+        self.optimizer.take_weights()
+
     def _loop(self, loggers: list[Logger], bar: ProgressBar, stop: StopRequest) -> None:
-        clock = _Clock()
+        clock, num_tokens = _Clock(), self.progress.consumed_tokens
+        if self.progress.is_validation_due:
+            self._measure(loggers)
         while self.progress.iteration < self.num_iterations:
             result = self.train_step()
             bar.advance()
+            if not result.is_finite:
+                bar.note(f"iteration {self.progress.iteration}: the gradient is not finite; the step is skipped")
             iteration, is_last = self.progress.iteration, self.progress.iteration == self.num_iterations
             is_stopped = stop.is_made_anywhere(self.device)
             if is_last or iteration % self.config.log_interval == 0:
-                entry = self._entry(result, seconds=clock.take())
+                entry = self._entry(result, speed=(self.progress.consumed_tokens - num_tokens) / clock.take())
+                num_tokens = self.progress.consumed_tokens
                 self.since_log.sums.zero_()
                 self.newest_entry = entry
                 bar.show(entry)
                 _write(loggers, entry)
             clock.pause()
-            if not is_stopped and _is_due(iteration, self.config.eval_interval, is_last=is_last):
-                self._validate(loggers)
-            if not is_stopped and self._measures_acceptance(iteration):
-                assert self.acceptance is not None
-                _write(loggers, {"iteration": iteration, **self.acceptance()})
+            self.progress.is_validation_due = is_stopped and not is_last
+            if not self.progress.is_validation_due:
+                self._measure(loggers)
             if is_stopped or _is_due(iteration, self.config.save_interval, is_last=is_last):
                 self.save()
             clock.go_on()
             if is_stopped:
                 return
 
-    def _measures_acceptance(self, iteration: int) -> bool:
-        interval = self.config.eval_acceptance_interval
-        return interval is not None and iteration % interval == 0
+    def _measure(self, loggers: list[Logger]) -> None:
+        """Validation and acceptance, where they are due at this iteration."""
+        iteration = self.progress.iteration
+        self.progress.is_validation_due = False
+        if _is_due(iteration, self.config.eval_interval, is_last=iteration == self.num_iterations):
+            self._validate(loggers)
+        if self.acceptance is not None and _is_due(iteration, self.config.eval_acceptance_interval, is_last=False):
+            _write(loggers, {"iteration": iteration, **self.acceptance()})
 
     def train_step(self) -> StepResult:
         """One optimizer step on the next global batch."""
@@ -245,17 +269,20 @@ class Trainer:
             figures = {f"{VALIDATION}{name}": value for name, value in asdict(means).items()}
             _write(loggers, {"iteration": self.progress.iteration, **figures})
 
-    def _entry(self, result: StepResult, *, seconds: float) -> dict[str, Any]:
-        means = self.since_log.means()
+    def _entry(self, result: StepResult, *, speed: float) -> dict[str, Any]:
+        means = asdict(self.since_log.means())
+        if self.since_log.num_rows == 0:
+            # Every step since the last entry was skipped.
+            means = dict.fromkeys(means)
         return {
             "iteration": self.progress.iteration,
             "consumed_samples": self.progress.consumed_samples,
             "consumed_tokens": self.progress.consumed_tokens,
-            **asdict(means),
+            **means,
             "grad_norm": result.grad_norm if result.is_finite else None,
             "learning_rate": result.learning_rate,
             "skipped_iterations": self.progress.num_skipped,
-            "tokens_per_second": self.since_log.num_tokens / seconds,
+            "tokens_per_second": speed,
         }
 
     def save(self) -> None:
@@ -316,8 +343,8 @@ def _write(loggers: list[Logger], entry: Entry) -> None:
 
 
 def _check_finite(model: GPTModel) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
                 f"weight {name} holds NaN or infinity; training would follow. Load a checkpoint or base that is whole"
             )

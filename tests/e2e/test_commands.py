@@ -123,7 +123,7 @@ def test_the_report_of_an_eagle3_draft(base_dir: Path, run: Run, tmp_path: Path)
     assert number(r"; ([\d,]+) parameters, frozen", base) == BASE_PARAMETERS
     trained = EAGLE3_PARAMETERS + 40 * HIDDEN
     assert number(r"draft: EAGLE-3; ([\d,]+) parameters, trained", draft) == trained
-    assert "aux layers 1, 3, 4" in draft and draft.endswith("draft vocabulary 40")
+    assert "aux layers 1, 3, 4" in draft and draft.endswith("draft vocabulary 40; starts as the base's last layer")
     assert number(r"bytes a rank: ([\d,]+)$", sizes) == 4 * (BASE_PARAMETERS + trained)
     assert saved == f"saved {tmp_path / 'checkpoint' / 'iter_0000001'}"
 

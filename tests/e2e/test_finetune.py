@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mcore_spec.checkpoint.store import find_checkpoint
-from tests.e2e.conftest import Run, attach_draft, check_refused, make_chat_base, subprocess_environment
+from mcore_spec.checkpoint.store import TRACKER, find_checkpoint
+from tests.e2e.conftest import Run, attach_draft, check_refused, make_chat_base, subprocess_environment, tree
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -281,6 +281,35 @@ def test_weights_that_are_no_numbers(run: Run, base: Path, data: Path, tmp_path:
     assert run("convert", *eagle).code == 0
     done = run("finetune", *words(tmp_path / "converted", data, tmp_path / "trained", "--train-iters", 1))
     check_refused(done, "decoder.layers.3.mlp.linear_fc1.weight", "NaN")
+
+
+def test_a_save_that_was_killed_before_it_was_announced_is_announced(
+    run: Run, data: Path, converted: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "save"
+    assert run("finetune", *words(converted, data, save, "--train-iters", 2, "--save-interval", 1)).code == 0
+    # What a kill leaves between giving the iteration its name and the announcement.
+    (save / TRACKER).rename(save / "iter_0000002" / TRACKER)
+    (save / TRACKER).write_text("1")
+    done = run("finetune", *words(converted, data, save, "--train-iters", 3, "--save-interval", 1))
+    assert done.code == 0, done.err
+    assert f"resumed {save / 'iter_0000002'}" in done.out
+    assert (save / TRACKER).read_text() == "3"
+
+
+@pytest.mark.parametrize("again", [(), ("--ckpt-step", 1)], ids=["of a conversion", "of a run"])
+def test_a_run_that_begins_anew_needs_a_directory_of_its_own(
+    again: tuple[object, ...], run: Run, data: Path, converted: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "save"
+    if again:
+        assert run("finetune", *words(converted, data, save, "--train-iters", 1)).code == 0
+    else:
+        shutil.copytree(converted, save)
+    before = tree(save)
+    done = run("finetune", *words(converted, data, save, "--train-iters", 2, *again))
+    check_refused(done, "save = ", save, "holds iteration 1 already, and this run begins anew")
+    assert tree(save) == before
 
 
 def test_a_run_is_not_continued_with_other_data(run: Run, data: Path, converted: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ MODES: dict[str, Any] = {
     "the base's sizes": "eagle",
     "two layers": [("eagle", {"eagle_architecture_config": {"num_hidden_layers": 2}})],
     "other sizes": [("eagle", {"eagle_architecture_config": {"intermediate_size": 48}})],
+    "a norm of each aux state": [("eagle", {"eagle_architecture_config": {"fc_norm": True}})],
+    "another activation": [("eagle", {"eagle_architecture_config": {"hidden_act": "gelu"}})],
     "Medusa": "medusa",
 }
 
@@ -48,12 +50,23 @@ def started(*, layout: Layout, directory: Path, draft_init: Any) -> dict[str, An
         }
 
 
+def chosen_for(*, directory: Path) -> bool:
+    """Whether an ordinary draft starts as this base's layer."""
+    with parallel_runtime(Layout()):
+        model = import_base(directory, Layout()).model
+        convert(model, "eagle")
+        draft = MegatronBase(model).draft()
+        assert draft is not None
+        return draft.is_warm_started
+
+
 def chosen(*, directory: Path) -> dict[str, bool | str]:
     """What a draft of some sizes starts as when nothing is said: as the base's layer or not."""
     found: dict[str, bool | str] = {}
     with parallel_runtime(Layout()):
         for name, mode in MODES.items():
-            model = convert(import_base(directory, Layout()).model, mode)
+            model = import_base(directory, Layout()).model
+            convert(model, mode)
             draft = MegatronBase(model).draft()
             assert draft is not None
             found[name] = draft.is_warm_started

@@ -112,7 +112,7 @@ def _check(where: str, found: dict[str, Any], wanted: Expected) -> None:
     assert sums[2 * steps : 3 * steps].tolist() == objective.judged, where
     assert sums[3 * steps : 4 * steps].tolist() == objective.correct, where
     assert sums[4 * steps + 1] == objective.accepted, where
-    torch.testing.assert_close(sums[4 * steps] / sums[steps], objective.loss.detach(), rtol=TOLERANCE, atol=0)
+    torch.testing.assert_close(sums[4 * steps] / sums[2 * steps], objective.loss.detach(), rtol=TOLERANCE, atol=0)
     if found["gradients"] is None:
         return
     assert found["gradients"].keys() == wanted.weights.keys(), where

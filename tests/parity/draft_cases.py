@@ -322,7 +322,7 @@ def initial_weights(*, layouts: list[Layout], directories: dict[str, Path]) -> l
             for name, case in INITIAL.items():
                 model = import_base(directories[case.base], layout).model
                 mode = case.mode if isinstance(case.mode, str) else [case.mode]
-                convert(model, mode, d2t=draft_to_target() if case.has_d2t else None)
+                convert(model, mode, d2t=draft_to_target() if case.has_d2t else None, draft_init="random")
                 base = MegatronBase(model)
                 draft = base.draft()
                 entries = [] if draft is None else list(sharded_tensors(draft))

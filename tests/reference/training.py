@@ -28,7 +28,7 @@ class Document(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """Sums over every row of every document; `loss` is divided by the rows of step 0 that were in the loss."""
+    """Sums over every row of every document; `loss` is divided by the rows that count at step 0."""
 
     loss: Tensor
     rows: list[int]
@@ -98,4 +98,4 @@ def eagle3_objective(
                     row_loss = -(p * log_q).sum()
                 rows[k] += 1
                 total = total + decay**k * row_loss
-    return Objective(total / max(rows[0], 1), rows, judged, correct, accepted)
+    return Objective(total / max(judged[0], 1), rows, judged, correct, accepted)

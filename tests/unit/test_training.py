@@ -98,7 +98,7 @@ def test_curves_are_drawn_or_left_out(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = TensorBoardLogger(tmp_path)
+    log = TensorBoardLogger(tmp_path, iteration=0)
     for iteration in (4, 8):
         log.write({**ENTRY, "iteration": iteration, "loss": 1.5 / iteration})
     log.close()
@@ -124,9 +124,9 @@ def test_totals_are_sums_and_means_are_over_rows() -> None:
     totals = Totals.zeros(2, device=torch.device("cpu"))
     totals.add(output(1), num_tokens=10)
     totals.add(output(2), num_tokens=7)
-    assert (totals.num_steps, totals.num_rows, totals.num_tokens) == (2, 12, 17)
+    assert (totals.num_steps, totals.num_rows, totals.num_tokens) == (2, 15, 17)
     means = totals.means()
-    assert means.loss == 1.5
+    assert means.loss == 18 / 15
     assert means.loss_by_step == [1.0, 1.25]
     assert means.accuracy == [3 / 5, 1 / 4]
     assert means.simulated_acceptance_length == 1 + 4 / 5

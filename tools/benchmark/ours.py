@@ -56,7 +56,7 @@ def build_step(model: GPTModel, case: Case, inputs: Inputs) -> Callable[[], floa
         model.zero_grad(set_to_none=True)
         output = draft_step(batch)
         assert output is not None, "one process holds the last stage"
-        loss = output.loss / output.rows_by_step[0]
+        loss = output.loss / output.judged_by_step[0]
         loss.backward()
         return float(loss.detach())
 

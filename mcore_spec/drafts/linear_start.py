@@ -1,0 +1,90 @@
+"""A start that has seen data: what is linear in a draft's task, solved by least squares.
+
+The base's next hidden state is regressed on what the draft reads: y = last[t+1] on z = [features[t] ; embedding of
+x[t+1]]. One layer can hold the solution, so that training begins where a linear model ends.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Added to the squares of every input, as a share of them: directions with next to no data stay near zero.
+RIDGE = 1e-3
+
+
+class LinearMap(NamedTuple):
+    """y = features @ `features` + embedding @ `embedding`; float64.
+
+    Attributes:
+        features: [f, h].
+        embedding: [h, h].
+        embedding_moment: second moment of the embeddings, [h, h]: which of their directions matter.
+    """
+
+    features: Tensor
+    embedding: Tensor
+    embedding_moment: Tensor
+
+
+class Moments:
+    """Sums over rows, float64."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, *, device: torch.device) -> None:
+        """Nothing yet.
+
+        Args:
+            num_inputs: f + h.
+            num_outputs: h.
+            device: of the sums, of which there are (f + 2 h) (f + h).
+        """
+        wide = torch.float64
+        self.inputs = torch.zeros(num_inputs, num_inputs, dtype=wide, device=device)
+        self.products = torch.zeros(num_inputs, num_outputs, dtype=wide, device=device)
+        self.num_rows = torch.zeros((), dtype=wide, device=device)
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Count rows: [n, f + h] and [n, h]."""
+        inputs, targets = inputs.double(), targets.double()
+        self.inputs.addmm_(inputs.t(), inputs)
+        self.products.addmm_(inputs.t(), targets)
+        self.num_rows += inputs.shape[0]
+
+    def solve(self) -> LinearMap:
+        """The map with the least squared error; every input is measured by its own root mean square."""
+        num_embedding = self.products.shape[1]
+        num_features = self.inputs.shape[0] - num_embedding
+        scale = self.inputs.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+        correlation = self.inputs / scale[:, None] / scale
+        correlation.diagonal().add_(RIDGE)
+        solution = torch.linalg.solve(correlation, self.products / scale[:, None]) / scale[:, None]
+        moment = self.inputs[num_features:, num_features:] / self.num_rows.clamp(min=1)
+        return LinearMap(solution[:num_features], solution[num_features:], moment)
+
+
+class Factors(NamedTuple):
+    """A map of low rank in two: x @ `first` @ `second`, [h, r] and [r, h]."""
+
+    first: Tensor
+    second: Tensor
+
+
+def factor(embedding_map: LinearMap, *, rank: int) -> Factors:
+    """The embedding's part with at most `rank` numbers in between, nearest for embeddings as they come.
+
+    Reduced-rank regression: the singular directions of the map behind the root of the embeddings' second moment.
+    """
+    values, vectors = torch.linalg.eigh(embedding_map.embedding_moment)
+    root = values.clamp(min=0).sqrt()
+    # Directions that no embedding has are left out.
+    inverse = torch.where(root > 1e-6 * root.max(), 1 / root.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    left, strength, right = torch.linalg.svd(root[:, None] * (vectors.t() @ embedding_map.embedding))
+    kept = min(rank, strength.shape[0])
+    share = strength[:kept].sqrt()
+    first = left.new_zeros(left.shape[0], rank)
+    second = left.new_zeros(rank, right.shape[1])
+    first[:, :kept] = (vectors * inverse) @ left[:, :kept] * share
+    second[:kept] = share[:, None] * right[:kept]
+    return Factors(first, second)

@@ -1,0 +1,105 @@
+"""A least-squares start: the plain regression on every row that counts, in every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mcore_spec.drafts.linear_start import RIDGE, LinearMap, factor
+from mcore_spec.parallel.layout import Layout
+from tests.parallel.training_cases import documents
+from tests.pool import RankPool
+from tests.tiny import write_hf_model
+
+CASES = "tests.parallel.linear_start_cases"
+LAYOUTS = {
+    "one": (Layout(), 1),
+    "TP2": (Layout(tensor=2), 2),
+    "TP2+SP": (Layout(tensor=2, sequence_parallel=True), 2),
+    "PP2": (Layout(pipeline=2), 2),
+    "CP2": (Layout(context=2), 2),
+    "DP2": (Layout(), 2),
+    "TP2 CP2+SP": (Layout(tensor=2, context=2, sequence_parallel=True), 4),
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf_model(tmp_path_factory.mktemp("base"), "llama", tied=False)
+
+
+def normed(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+@pytest.fixture(scope="module")
+def expected(rank_pool: RankPool, directory: Path) -> list[Tensor]:
+    """Last hidden states that the regression predicts for the first row of each document."""
+    (inputs,) = rank_pool.run("tests.parallel.training_cases:reference_inputs", world_size=1, directory=directory)
+    read, next_states, firsts = [], [], []
+    for document, (aux, last) in zip(documents(), inputs["states"], strict=True):
+        tokens, mask = document.token_ids.tolist(), document.mask.tolist()
+        for t in range(len(tokens)):
+            following = tokens[(t + 1) % len(tokens)]
+            # The input norm's weight, which the cases draw, is in the embedding part of every row alike.
+            row = torch.cat((aux[t], normed(inputs["embedding"][following])))
+            if t + 2 < len(tokens) and mask[t + 1] and mask[t + 2]:
+                read.append(row)
+                next_states.append(last[t + 1])
+            if t == 0:
+                firsts.append(row)
+    z, y = torch.stack(read), torch.stack(next_states)
+    # Ridge as ordinary least squares with one more row an input.
+    scale = z.pow(2).sum(0).sqrt()
+    rows = torch.cat((z / scale, RIDGE**0.5 * torch.eye(z.shape[1], dtype=z.dtype)))
+    solution = torch.linalg.lstsq(rows, torch.cat((y, torch.zeros(z.shape[1], y.shape[1], dtype=y.dtype)))).solution
+    return list(torch.stack(firsts) / scale @ solution)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_start_is_the_regression(name: str, rank_pool: RankPool, directory: Path, expected: list[Tensor]) -> None:
+    layout, world_size = LAYOUTS[name]
+    one, *_ = rank_pool.run(f"{CASES}:fitted", world_size=1, layout=Layout(), directory=directory)
+    results = rank_pool.run(f"{CASES}:fitted", world_size=world_size, layout=layout, directory=directory)
+    found = [result for result in results if result is not None]
+    assert found
+    for result in found:
+        for key, weight in result["weights"].items():
+            torch.testing.assert_close(
+                weight, one["weights"][key], rtol=1e-7, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}"
+            )
+        for hidden, prediction in zip(result["firsts"], expected, strict=bool(result["firsts"])):
+            # A first row sees itself alone: attention passes on its embedding's part whole. What the last norm
+            # divides by is the length of the prediction without the norm's weight.
+            unweighted = prediction / result["final_norm"]
+            torch.testing.assert_close(hidden, normed(unweighted) * result["final_norm"], rtol=1e-6, atol=1e-8)
+
+
+def test_few_numbers_keep_what_embeddings_need() -> None:
+    """Of a map of rank 6, six numbers keep all; of fewer the best by brute comparison with random ones."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(400, 12, generator=generator, dtype=torch.float64) * torch.logspace(0, -3, 12, dtype=torch.float64)
+    x[:, 5] = 0
+    whole = torch.randn(12, 6, generator=generator, dtype=torch.float64)
+    solution = LinearMap(torch.zeros(3, 6), whole, x.t() @ x / 400)
+    first, second = factor(solution, rank=8)
+    assert (first.shape, second.shape) == ((12, 8), (8, 6))
+    torch.testing.assert_close(x @ first @ second, x @ whole, rtol=1e-9, atol=1e-9)
+
+    def error(rank: int) -> float:
+        pair = factor(solution, rank=rank)
+        return float((x @ pair.first @ pair.second - x @ whole).norm())
+
+    plain = torch.linalg.svd(x @ whole).S
+    for rank in (1, 3, 5):
+        # Eckart and Young: nothing of this rank is nearer.
+        assert error(rank) == pytest.approx(float(plain[rank:].norm()), rel=1e-9)
+
+
+def test_what_cannot_be_fitted(rank_pool: RankPool, directory: Path) -> None:
+    (found,) = rank_pool.run(f"{CASES}:refusals", world_size=1, directory=directory)
+    assert found[0].startswith("fit_start: no row of the first batches counts")
+    assert found[1].startswith("fit_start needs norm_before_residual = false")
