@@ -17,6 +17,7 @@ from mcore_spec.cli.terminal import say
 from mcore_spec.cli.training_arguments import FinetuneArguments
 from mcore_spec.config import EagleConfig
 from mcore_spec.conversion import find_algorithm
+from mcore_spec.data.chat import check_same_vocabulary, load_tokenizer
 from mcore_spec.data.sources import open_source
 from mcore_spec.data.store import TokenStore, build_token_store
 from mcore_spec.errors import CheckpointError, ConfigError
@@ -197,6 +198,7 @@ def _read_conversations(arguments: FinetuneArguments, checkpoint: Checkpoint) ->
     base = checkpoint.record.base
     _check_seq_length(arguments, checkpoint)
     tokenizer = checkpoint.choose_tokenizer(arguments.tokenizer_model)
+    run_on_rank_zero(lambda: _check_tokenizer(arguments.tokenizer_model, checkpoint))
     cache = arguments.data_cache_path or str(Path(arguments.save) / "data_cache")
     store = build_token_store(
         arguments.data_path,
@@ -215,6 +217,13 @@ def _read_conversations(arguments: FinetuneArguments, checkpoint: Checkpoint) ->
     for reason in counts.skip_reasons:
         say(f"  left out: {reason}")
     return store
+
+
+def _check_tokenizer(given: str | None, checkpoint: Checkpoint) -> None:
+    """Compare another tokenizer with the one that came with the base, if one did."""
+    own = checkpoint.tokenizer_path
+    if given is not None and any(own.glob("*")):
+        check_same_vocabulary(load_tokenizer(given), load_tokenizer(own), f"--tokenizer-model {given}")
 
 
 def _end_ids(arguments: FinetuneArguments, checkpoint: Checkpoint) -> tuple[int, ...]:

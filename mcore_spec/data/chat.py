@@ -116,6 +116,26 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
         )
 
 
+def check_same_vocabulary(given: Tokenizer, own: Tokenizer, where: str) -> None:
+    """Refuse a tokenizer that gives tokens other ids than the base's own.
+
+    Args:
+        given: to look at; its chat template may differ.
+        own: the base's.
+        where: what `given` was read from, for the error.
+
+    Raises:
+        ConfigError: names a token.
+    """
+    theirs, ours = given.get_vocab(), own.get_vocab()
+    for token in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(token) != ours.get(token):
+            raise ConfigError(
+                f"{where} is not the base's tokenizer: the id of {token!r} is {theirs.get(token)} there and "
+                f"{ours.get(token)} in the base's own; leave it out, or give one that belongs to the base"
+            )
+
+
 def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> EncodedConversation:
     """Token ids and loss mask of one conversation; `ChatEncoder` does many faster.
 

@@ -264,6 +264,19 @@ def test_bad_lines_are_left_out_on_request(run: Run, data: Path, converted: Path
     assert "mixed.jsonl:7" in done.out
 
 
+def test_a_tokenizer_of_another_base(run: Run, base: Path, data: Path, converted: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(converted / "iter_0000001" / "tokenizer", other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    # Two tokens have changed places; the number of ids is the same.
+    vocabulary["Ġthe"], vocabulary["Ġand"] = vocabulary["Ġand"], vocabulary["Ġthe"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    done = run("finetune", *words(converted, data, tmp_path / "save", "--train-iters", 1, "--tokenizer-model", other))
+    check_refused(done, f"--tokenizer-model {other} is not the base's tokenizer: the id of", "in the base's own")
+    assert not (tmp_path / "save").exists()
+
+
 def test_a_checkpoint_without_a_draft(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
     plain = ("--pretrained-model-path", base, "--export-algorithm", "none", "--save", tmp_path / "plain")
     assert run("convert", *plain).code == 0

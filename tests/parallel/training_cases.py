@@ -39,6 +39,7 @@ class Case(NamedTuple):
         cut: documents of each micro-batch, in order; shared out over the data-parallel ranks in turn.
         recompute: activations of each TTT step.
         mixes_states: the draft's own with the base's, instead of growing keys.
+        pad_to: rows of each document, as without packing.
         keeps_all: rows whose teacher argmax is not in the draft vocabulary too.
     """
 
@@ -49,6 +50,7 @@ class Case(NamedTuple):
     recompute: bool = False
     mixes_states: bool = False
     keeps_all: bool = False
+    pad_to: int | None = None
 
 
 CASES = {
@@ -61,6 +63,7 @@ CASES = {
     "recompute": Case({}, recompute=True),
     "mixed": Case({"num_hidden_layers": 2}, mixes_states=True),
     "mixed, one row, recompute": Case({}, cut=((6, 5, 4, 3, 2, 1, 0), ()), mixes_states=True, recompute=True),
+    "padded": Case({}, cut=((0, 6), (1, 2), (3, 4), (5,)), has_d2t=True, pad_to=16),
     "all rows kept": Case({}, has_d2t=True, keeps_all=True),
 }
 LENGTHS = (9, 2, 14, 1, 7, 12, 5)
@@ -136,7 +139,7 @@ def batches(model: GPTModel, step: DraftStep, case: Case) -> Iterator[Batch]:
             document_multiple=step.document_multiple,
             row_multiple=step.row_multiple,
             num_samples=1,
-            pad_to=None,
+            pad_to=case.pad_to,
         )
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mcore_spec.bases.megatron import MegatronBase
-from mcore_spec.config import BaseArchitecture, EagleConfig
+from mcore_spec.config import BaseArchitecture, EagleConfig, TrainingConfig
 from mcore_spec.conversion import convert, find_algorithm, parse_mode
+from mcore_spec.data.batch import Document, make_batch
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.medusa import MedusaDraft
@@ -21,6 +22,8 @@ from mcore_spec.errors import McoreSpecError
 from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.parallel.sharding import Shard, gather_whole, sharded_tensors
 from mcore_spec.parallel.tensor_parallel import Placement, TensorParallel
+from mcore_spec.training.optimizer import DraftOptimizer
+from mcore_spec.training.step import DraftStep
 from tests.tiny import VOCAB_SIZE, base_architecture, cut, draft_to_target, drawn, fill, import_base
 
 LENGTH, BATCH, STEPS = 6, 2, 4
@@ -350,8 +353,8 @@ def indivisible(*, layout: Layout, directory: Path, architectures: list[dict[str
     return messages
 
 
-def expert_bias() -> dict[str, Tensor]:
-    """A mixture-of-experts base: routers' biases before and after a step of the draft and megatron-core's update."""
+def expert_bias() -> dict[str, Any]:
+    """A mixture-of-experts base before and after a training step of its draft and megatron-core's update of biases."""
     from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -385,21 +388,31 @@ def expert_bias() -> dict[str, Tensor]:
         routers = [layer.mlp.router for layer in model.decoder.layers]
         for index, router in enumerate(routers):
             router.expert_bias.copy_(drawn(f"bias {index}", (4,)))
-        found = {"before": torch.stack([router.expert_bias.clone() for router in routers])}
+        found: dict[str, Any] = {"biases before": torch.stack([router.expert_bias.clone() for router in routers])}
+        base_before = {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor is not None}
         convert(model, [eagle3().mode])
-        base = MegatronBase(model)
-        draft = base.draft()
-        assert isinstance(draft, Eagle3Draft)
         tokens = TOKENS[:, :LENGTH]
         mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
-        features = base.features(tokens, aux_layer_ids=draft.aux_layer_ids)
-        assert features is not None and features.aux is not None
-        step = draft(features.aux, [base.embed(tokens)])[0]
-        base.logits(step.hidden).square().sum().backward()
+        step = DraftStep(model)
+        training = TrainingConfig(data_path=("made up",), train_iters=2, lr=1e-2, lr_scaling="none")
+        optimizer = DraftOptimizer(model, training, num_iterations=2)
+        draft_before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        document = Document(tokens[0].numpy(), torch.ones(LENGTH, dtype=torch.bool).numpy())
+        batch = make_batch([document], num_steps=step.num_steps, num_samples=1)
+        optimizer.zero_grad()
+        output = step(batch)
+        assert output is not None
+        output.loss.backward()
+        optimizer.reduce_gradients(num_rows=int(output.judged_by_step[0]))
+        assert optimizer.step().is_finite
         _update_router_expert_bias([model], config)
-        found["after"] = torch.stack([router.expert_bias.clone() for router in routers])
+        after = model.state_dict()
+        found["moved base"] = [name for name, tensor in base_before.items() if not torch.equal(tensor, after[name])]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found["unmoved draft"] = sum(torch.equal(p, q) for p, q in zip(trained, draft_before, strict=True))
+        found["biases after"] = torch.stack([router.expert_bias.clone() for router in routers])
         # The same update after an ordinary forward pass moves the biases: the test can fail.
         model(tokens, torch.arange(LENGTH).expand_as(tokens), mask)
         _update_router_expert_bias([model], config)
-        found["after training the base"] = torch.stack([router.expert_bias.clone() for router in routers])
+        found["biases after training the base"] = torch.stack([router.expert_bias.clone() for router in routers])
         return found
