@@ -36,6 +36,13 @@ class LinearRows(NamedTuple):
     targets: Tensor
 
 
+class BaseRun(NamedTuple):
+    """The documents of a batch, seen from this rank, and the base's features of its rows, on the last stage."""
+
+    documents: Documents
+    features: Features | None
+
+
 class DraftStep:
     """The loss of a converted model on a batch. Holds what does not change between batches."""
 
@@ -90,8 +97,7 @@ class DraftStep:
 
         Every rank of the model must call with the same batch.
         """
-        documents = Documents(batch.bounds, lengths=batch.lengths, group=self.context_group)
-        features = self.base.features(batch.token_ids[None], aux_layer_ids=self.aux_layer_ids, documents=documents)
+        documents, features = self._run_base(batch)
         if features is None:
             return None
         assert self.draft is not None
@@ -116,8 +122,7 @@ class DraftStep:
     @torch.no_grad()
     def linear_rows(self, batch: Batch) -> LinearRows | None:
         """What a least-squares start learns from: this context-parallel rank's rows that count at step 0."""
-        documents = Documents(batch.bounds, lengths=batch.lengths, group=self.context_group)
-        features = self.base.features(batch.token_ids[None], aux_layer_ids=self.aux_layer_ids, documents=documents)
+        documents, features = self._run_base(batch)
         if features is None:
             return None
         assert self.draft is not None
@@ -129,6 +134,12 @@ class DraftStep:
         rows = documents.take(batch.counted, 1)[0].nonzero()[:, 0]
         following = documents.row_index.to(rows.device)[rows] + 1
         return LinearRows(inputs[rows, 0], self._teacher(features, documents)[following])
+
+    def _run_base(self, batch: Batch) -> BaseRun:
+        """Every stage of the model takes part."""
+        documents = Documents(batch.bounds, lengths=batch.lengths, group=self.context_group)
+        features = self.base.features(batch.token_ids[None], aux_layer_ids=self.aux_layer_ids, documents=documents)
+        return BaseRun(documents, features)
 
     def _mixing(self, batch: Batch, documents: Documents) -> Mixing | None:
         """How states are mixed; not in validation, which measures what an engine will compute."""
