@@ -95,7 +95,7 @@ wait_for() {
     shift 2
     until "$@"; do
         if ((SECONDS > deadline)) || [[ -n $ended ]]; then
-            echo "error: no $what; job $job is ${ended:-$(state "$job")} after $SECONDS s; see $SLURM_HOME/work/logs" >&2
+            echo "error: no $what; job $job is ${ended:-$(state "$job")} after $SECONDS s; see $SLURM_HOME/runs/logs" >&2
             exit 1
         fi
         # Looked at before the command has its last chance.
@@ -113,7 +113,7 @@ has_iteration() {
 }
 
 chain() {
-    local work=$SLURM_HOME/work submitted train export_job log
+    local work=$SLURM_HOME/runs submitted train export_job log
     rm -rf "$work"
     mkdir -p "$work"
     head -n 8 "$REPOSITORY/examples/data/prompts.jsonl" >"$work/prompts.jsonl"

@@ -7,7 +7,7 @@
 
 # --- what -----------------------------------------------------------------------------------------
 : "${BASE=meta-llama/Llama-3.1-70B-Instruct}" # Hugging Face directory or hub id
-: "${WORK=$PWD/work/llama-3.1-70b}"           # everything is written below it; on a file system that all nodes see
+: "${WORK=$PWD/runs/llama-3.1-70b}"           # everything is written below it; on a file system that all nodes see
 : "${PROMPTS=examples/data/prompts.jsonl}"    # the base answers them; empty: CONVERSATIONS is there already
 : "${CONVERSATIONS=$WORK/conversations.jsonl}"
 : "${DRAFT_VOCAB_SIZE=32000}" # empty: the draft speaks the base's whole vocabulary
