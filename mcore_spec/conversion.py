@@ -10,12 +10,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from mcore_spec.bases.base import Base
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.config import ALGORITHMS, BaseArchitecture, DraftInit, StrictConfig, suggest
 from mcore_spec.config.files import ConfigFile
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.vocab_map import check_draft_to_target
 from mcore_spec.errors import ConfigError, UnsupportedError
+from mcore_spec.objectives.objective import MakeTask, Task
 from mcore_spec.parallel.tensor_parallel import Placement
 
 # The ways to name a mode: "medusa"; [("eagle", {...})]; a preset, {"algorithm": "eagle", "config": {...}}, or the
@@ -36,6 +38,15 @@ def resolve_as_given(config: Any, _base: BaseArchitecture, d2t: Tensor | None) -
             "leave it (--draft-vocab-cache) out"
         )
     return config
+
+
+def train_not_built(_config: Any) -> Task:
+    """For drafts whose training is not built.
+
+    Raises:
+        UnsupportedError: always.
+    """
+    raise UnsupportedError("training of this kind of draft is not built; convert and export are")
 
 
 def _always(_config: Any) -> bool:
@@ -59,6 +70,7 @@ class Algorithm:
         configure: ``configure(flags, file)``, the configuration from the command line: the algorithm's own flags
             by field name, those left open not among them, and the file. ``None``: the file alone.
         freezes_base: whether the base's weights stay as they are.
+        task: ``task(config)``, what training takes; refuses options whose training is not built.
     """
 
     config_class: type[StrictConfig]
@@ -68,6 +80,7 @@ class Algorithm:
     resolve: Resolve = resolve_as_given
     configure: Callable[[Mapping[str, Any], ConfigFile], StrictConfig] | None = None
     freezes_base: Callable[[Any], bool] = _always
+    task: MakeTask = train_not_built
 
 
 def find_algorithm(name: str) -> Algorithm:
@@ -184,7 +197,7 @@ def convert(
     return model
 
 
-def attach(base: MegatronBase, algorithm: str, config: StrictConfig) -> Draft | None:
+def attach(base: Base, algorithm: str, config: StrictConfig) -> Draft | None:
     """Add the draft's modules with unset weights, as `convert` and loading a checkpoint both need.
 
     Args:
@@ -231,7 +244,7 @@ def _as_base(model: nn.Module) -> MegatronBase:
 
 
 @torch.no_grad()
-def _fill_draft(draft: Draft, base: MegatronBase, *, d2t: Tensor | None, seed: int, draft_init: DraftInit) -> None:
+def _fill_draft(draft: Draft, base: Base, *, d2t: Tensor | None, seed: int, draft_init: DraftInit) -> None:
     """Initial weights; what the draft takes from the base replaces what was drawn."""
     draft.init_weights(seed=seed)
     draft.scale_logits(base.head_row_norm())

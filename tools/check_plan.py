@@ -33,12 +33,12 @@ from mcore_spec.conversion import convert
 from mcore_spec.data.batch import Batch, make_batch
 from mcore_spec.data.document import Document
 from mcore_spec.drafts.resolve import resolve_eagle
+from mcore_spec.objectives import eagle3 as objective_module
 from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.planning.activations import TrainingSetup
 from mcore_spec.planning.layout import PlannedLayout
 from mcore_spec.planning.memory import OPTIMIZER_STEP, RankMemory, rank_memory
 from mcore_spec.planning.shapes import ModelShape
-from mcore_spec.training import step as step_module
 from mcore_spec.training.optimizer import DraftOptimizer
 from mcore_spec.training.step import DraftStep
 
@@ -222,7 +222,7 @@ def train_step(step: DraftStep, optimizer: DraftOptimizer, batch: Batch) -> None
 @contextmanager
 def marked_phases() -> Iterator[None]:
     """Name the base's forward pass and the loss in the profile."""
-    features, loss = MegatronBase.features, step_module.distillation_loss
+    features, loss = MegatronBase.features, objective_module.distillation_loss
 
     def marked_features(*args: Any, **kwargs: Any) -> Any:
         with record_function(f"{PREFIX}base forward"):
@@ -234,7 +234,7 @@ def marked_phases() -> Iterator[None]:
 
     with (
         mock.patch.object(MegatronBase, "features", marked_features),
-        mock.patch.object(step_module, "distillation_loss", marked_loss),
+        mock.patch.object(objective_module, "distillation_loss", marked_loss),
     ):
         yield
 
@@ -274,8 +274,9 @@ def count_fixed(base: MegatronBase, step: DraftStep, optimizer: DraftOptimizer) 
         "Adam's moments": sum(_bytes(value) for value in moments if value.ndim > 0),
         "draft vocabulary": sum(_bytes(buffer) for buffer in buffers if not buffer.is_floating_point()),
     }
-    vocabulary = step.vocabulary
-    if vocabulary is not None:
+    if step.objective is not None:
+        assert isinstance(step.objective, objective_module.Eagle3Objective)
+        vocabulary = step.objective.vocabulary
         kept = (vocabulary.draft_to_target, vocabulary.target_to_draft, vocabulary.teacher_rows)
         fixed["draft vocabulary"] += sum(_bytes(tensor) for tensor in kept if tensor is not None)
     assert len(trained) == 0 or fixed["gradient buffers"] > 0

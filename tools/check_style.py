@@ -31,6 +31,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("layers", "losses", "data"),
     ("drafts", "quantization", "synthesis"),
     ("bases",),
+    ("objectives",),
     ("conversion",),
     ("weights", "checkpoint"),
     ("export", "evaluation"),

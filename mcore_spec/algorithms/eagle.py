@@ -20,6 +20,8 @@ from mcore_spec.drafts.mtp import MTPDraft
 from mcore_spec.drafts.resolve import resolve_eagle
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.export.plan import ExportFormat, ExportPlan
+from mcore_spec.objectives.eagle3 import eagle3_task
+from mcore_spec.objectives.objective import Task
 from mcore_spec.parallel.tensor_parallel import Placement
 
 EagleDraft: TypeAlias = Eagle1Draft | Eagle3Draft | MTPDraft
@@ -99,6 +101,19 @@ def configure_family(flags: Mapping[str, Any], file: ConfigFile) -> EagleConfig:
     return configure_eagle(flags["export_eagle_algorithm"], file)
 
 
+def task_of_member(config: EagleConfig) -> Task:
+    """What training the member takes.
+
+    Raises:
+        UnsupportedError: a member or an option whose training is not built.
+    """
+    if config.algorithm != "eagle3":
+        raise UnsupportedError("the draft is not EAGLE-3: training of other drafts is not built yet")
+    if not config.eagle_freeze_base_model:
+        raise UnsupportedError("eagle_freeze_base_model = false: training the base too is not built yet")
+    return eagle3_task(config)
+
+
 def _freezes_base(config: EagleConfig) -> bool:
     return config.eagle_freeze_base_model
 
@@ -111,4 +126,5 @@ EAGLE = Algorithm(
     resolve=resolve_family,
     configure=configure_family,
     freezes_base=_freezes_base,
+    task=task_of_member,
 )

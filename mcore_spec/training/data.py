@@ -84,7 +84,7 @@ class Conversations:
             valid = share(self._stream(is_train=False, document_multiple=multiple))
             assert valid.num_batches is not None
             num_valid = min(valid.num_batches, config.eval_iters)
-        mixing_seed = config.seed if step.mixes_hidden_states else None
+        mixing_seed = config.seed if step.task.mixes_hidden_states else None
         return TrainingData(
             train=share(self._stream(is_train=True, document_multiple=multiple), mixing_seed),
             valid=valid,

@@ -32,7 +32,7 @@ def fitted(*, layout: Layout, directory: Path) -> dict[str, Any] | None:
             # Ranks that share rows are told by their weights alone.
             if layout.sequence_parallel or layout.context > 1:
                 continue
-            features = base.features(tokens, aux_layer_ids=step.aux_layer_ids)
+            features = base.features(tokens, aux_layer_ids=step.task.aux_layer_ids)
             if features is None or step.draft is None:
                 continue
             with torch.no_grad():

@@ -105,7 +105,7 @@ def make_data(config: TrainingConfig, corpus: Corpus, model: GPTModel, step: Dra
             data_size=model.pg_collection.dp.size(),
             num_steps=step.num_steps,
             row_multiple=step.row_multiple,
-            mixing_seed=config.seed if step.mixes_hidden_states else None,
+            mixing_seed=config.seed if step.task.mixes_hidden_states else None,
         )
 
     return TrainingData(train=share(None), valid=share(1), num_valid_batches=2, settings={"seed": config.seed})

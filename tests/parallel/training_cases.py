@@ -191,7 +191,7 @@ def reference_inputs(*, directory: Path) -> dict[str, Any]:
         step = DraftStep(model)
         states = []
         for document in documents():
-            features = base.features(torch.from_numpy(document.token_ids)[None], aux_layer_ids=step.aux_layer_ids)
+            features = base.features(torch.from_numpy(document.token_ids)[None], aux_layer_ids=step.task.aux_layer_ids)
             assert features is not None
             assert features.aux is not None
             states.append((features.aux[:, 0], features.last[:, 0]))
