@@ -5,9 +5,11 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: tools/quickstart.sh [--quick] [--work-dir DIR]
+usage: tools/quickstart.sh [--quick] [--serve] [--work-dir DIR]
 
   --quick          fewer answers and a shorter training: minutes, and a draft that knows little
+  --serve          serve the draft in vLLM at the end, on the same prompts, and fail where its acceptance is another;
+                   makes an environment for it (tools/vllm_environment.sh), unless VLLM_VENV names one
   --work-dir DIR   where everything goes (default: quickstart_out in the repository)
 
 May be run again with the same options: what is complete stays, and an interrupted training goes on.
@@ -15,7 +17,7 @@ TEXT
 }
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-work_dir="$here/../quickstart_out" quick=""
+work_dir="$here/../quickstart_out" quick="" serve=""
 while (($#)); do
     case "$1" in
         --work-dir)
@@ -33,6 +35,10 @@ while (($#)); do
             ;;
         --quick)
             quick=yes
+            shift
+            ;;
+        --serve)
+            serve=yes
             shift
             ;;
         -h | --help)
@@ -118,4 +124,23 @@ show python examples/export.py \
     --export-extra-modules \
     --overwrite
 
-show python tools/quickstart_report.py --work-dir "$work_dir"
+# What vLLM counts on the same prompts; the page is written whether they agree or not.
+agrees=yes served=()
+if [[ -n "$serve" ]]; then
+    show bash tools/vllm_environment.sh
+    served=(--served "$work_dir/serve.json")
+    rm -f "$work_dir/serve.json"
+    show env PYTHONPATH="$REPOSITORY" "${VLLM_VENV:-$REPOSITORY/.venv-vllm}/bin/python" tools/serve_check.py \
+        --base "$work_dir/base" --draft "$work_dir/export" --prompts-path "$held_out" --steps 3 --osl "$osl" \
+        --validated "$work_dir/validate.json" --output "$work_dir/serve.json" || agrees=""
+    if [[ ! -e "$work_dir/serve.json" ]]; then
+        echo "error: vLLM did not serve the draft" >&2
+        exit 1
+    fi
+fi
+
+show python tools/quickstart_report.py --work-dir "$work_dir" --osl "$osl" "${served[@]}"
+if [[ -z "$agrees" ]]; then
+    echo "error: vLLM accepts another number of tokens than validate measured; see the page" >&2
+    exit 1
+fi

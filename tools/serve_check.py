@@ -11,24 +11,28 @@ turn by turn, behind the engine's own answers. With --validated, the acceptance 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mcore_spec.data.prompts import Prompt, read_prompts
-from mcore_spec.errors import McoreSpecError
+from mcore_spec.errors import ConfigError, McoreSpecError
 
 TOLERANCE = 0.02
 # Architecture in the draft's config.json -> vLLM's method.
 METHODS = {
     "LlamaForCausalLMEagle3": "eagle3",
     "Eagle3Speculator": "eagle3",
+    "Eagle3DraftModel": "eagle3",  # as speculators 0.9 itself saves it
     "LlamaForCausalLM": "eagle",
     "MedusaModel": "medusa",
+    "MiMoForCausalLM": "mtp",
 }
 # vLLM's counters -> ours.
 COUNTERS = {
@@ -51,15 +55,27 @@ class Served(NamedTuple):
     seconds: float
 
 
+def method_of(draft: Path) -> str:
+    """vLLM's name for the kind of draft in a directory.
+
+    Raises:
+        ConfigError: none that vLLM serves.
+    """
+    config = read_json(draft / "config.json", "--draft")
+    architecture = (config.get("architectures") or [None])[0]
+    if architecture not in METHODS:
+        raise ConfigError(f"--draft {draft}: vLLM serves no {architecture}; known: {', '.join(METHODS)}")
+    return METHODS[architecture]
+
+
 def serve(given: argparse.Namespace, prompts: list[Prompt]) -> Served:
     """Ask the engine all prompts, turn by turn."""
     from vllm import LLM, SamplingParams
 
-    config = json.loads((given.draft / "config.json").read_text())
-    method = METHODS.get(config["architectures"][0])
-    if method is None:
-        raise SystemExit(f"{given.draft}: vLLM serves no {config['architectures'][0]}; known: {', '.join(METHODS)}")
-    speculative = {"method": method, "model": str(given.draft), "num_speculative_tokens": given.steps}
+    method = method_of(given.draft)
+    speculative = {"method": method, "num_speculative_tokens": given.steps}
+    if method != "mtp":  # whose layer is part of the base's own directory
+        speculative["model"] = str(given.draft)
     engine = LLM(
         model=str(given.base),
         dtype=given.dtype,
@@ -92,11 +108,17 @@ def serve(given: argparse.Namespace, prompts: list[Prompt]) -> Served:
 
 
 def report(served: Served) -> dict[str, Any]:
-    """The figures under `validate`'s names."""
+    """The figures under `validate`'s names.
+
+    Raises:
+        ConfigError: vLLM never asked the draft.
+    """
     counters = served.counters
+    if not counters.get("num_forwards"):
+        raise ConfigError("vLLM asked the draft for nothing: the answers end with their first token; raise --osl")
     reached = [counters["num_forwards"], *counters["accepted_by_step"]]
     by_position = [after / before if before else None for before, after in zip(reached, reached[1:], strict=False)]
-    length = 1 + counters["num_accepted_tokens"] / counters["num_forwards"] if counters["num_forwards"] else None
+    length = 1 + counters["num_accepted_tokens"] / counters["num_forwards"]
     num_tokens = sum(map(len, served.answers))
     return {
         "acceptance_length": length,
@@ -107,50 +129,110 @@ def report(served: Served) -> dict[str, Any]:
     }
 
 
-def compare(figures: dict[str, Any], validated: Path) -> bool:
+def check_validated(validated: dict[str, Any], prompts: list[Prompt], *, steps: int, where: Path) -> None:
+    """Refuse figures of another measurement, before anything is served.
+
+    Raises:
+        ConfigError: other prompts or steps, or no acceptance length.
+    """
+    num_answers = sum(len(prompt.turns) for prompt in prompts)
+    for field, theirs, ours in (
+        ("num_answers", validated.get("num_answers"), num_answers),
+        ("steps", len(validated.get("acceptance_by_position") or ()), steps),
+    ):
+        if theirs != ours:
+            raise ConfigError(
+                f"--validated {where} has {field} = {theirs}, here it is {ours}: it is another measurement; "
+                "run validate with the same prompts, --steps and --osl"
+            )
+    if validated.get("acceptance_length") is None:
+        raise ConfigError(f"--validated {where} has no acceptance length; run validate with a larger --osl")
+
+
+def compare(figures: dict[str, Any], validated: dict[str, Any]) -> bool:
     """Say how far the acceptance lengths are apart; whether they agree."""
-    other = json.loads(validated.read_text())
-    ours, engines = other["acceptance_length"], figures["acceptance_length"]
-    if ours is None or engines is None:
-        print(f"no acceptance length to compare: validate {ours}, vLLM {engines}")
-        return False
+    ours, engines = validated["acceptance_length"], figures["acceptance_length"]
     apart = abs(ours - engines) / engines
     print(f"acceptance length: vLLM {engines:.4f}, validate {ours:.4f}: {apart:.2%} apart")
+    figures["validated_acceptance_length"], figures["apart"] = ours, apart
     return apart <= TOLERANCE
 
 
-def main() -> int:
+def read_json(file: Path, option: str) -> dict[str, Any]:
+    """What an option's file holds.
+
+    Raises:
+        ConfigError: it is not there, or not what it should be.
+    """
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{option}: {file} cannot be read ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{option}: {file} holds no object")
+    return values
+
+
+def has_vllm() -> bool:
+    """Whether this interpreter could import it."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def run(given: argparse.Namespace) -> int:
+    """Check what can be checked, serve, report; returns the exit code.
+
+    Raises:
+        McoreSpecError: input that cannot be used.
+    """
+    read_json(given.base / "config.json", "--base")
+    method_of(given.draft)
+    prompts = list(islice(read_prompts(given.prompts_path), given.num_prompts))
+    validated = None
+    if given.validated is not None:
+        validated = read_json(given.validated, "--validated")
+        check_validated(validated, prompts, steps=given.steps, where=given.validated)
+    if not has_vllm():
+        raise ConfigError(HOW)
+    served = serve(given, prompts)
+    figures = report(served)
+    agrees = validated is None or compare(figures, validated)
+    print(json.dumps(figures, indent=2))
+    if given.output is not None:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        given.output.write_text(json.dumps({**figures, "answers": served.answers}, indent=2) + "\n")
+    if not agrees:
+        print(f"error: not within {TOLERANCE:.0%} of each other", file=sys.stderr)
+    return 0 if agrees else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="Hugging Face directory of the base")
     parser.add_argument("--draft", type=Path, required=True, help="directory that export wrote")
     parser.add_argument("--prompts-path", required=True, help="prompts, as validate takes them")
-    parser.add_argument("--num-prompts", type=int, help="take only so many")
-    parser.add_argument("--steps", type=int, default=3, help="tokens that the draft proposes")
-    parser.add_argument("--osl", type=int, default=128, help="most new tokens of an answer")
+    parser.add_argument("--num-prompts", type=positive, help="take only so many")
+    parser.add_argument("--steps", type=positive, default=3, help="tokens that the draft proposes")
+    parser.add_argument("--osl", type=positive, default=128, help="most new tokens of an answer")
     parser.add_argument("--dtype", default="float32", help="of the weights; the same as validate's")
-    parser.add_argument("--max-model-len", type=int, default=2048, help="positions that vLLM reserves")
+    parser.add_argument("--max-model-len", type=positive, default=2048, help="positions that vLLM reserves")
     parser.add_argument("--validated", type=Path, help="JSON file that validate wrote for the same prompts")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     try:
-        import vllm  # noqa: F401
-    except ImportError:
-        print(HOW, file=sys.stderr)
-        return 2
-    try:
-        prompts = list(islice(read_prompts(given.prompts_path), given.num_prompts))
+        return run(given)
     except McoreSpecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    served = serve(given, prompts)
-    figures = report(served)
-    print(json.dumps(figures, indent=2))
-    if given.output is not None:
-        given.output.write_text(json.dumps({**figures, "answers": served.answers}, indent=2) + "\n")
-    if given.validated is not None:
-        return 0 if compare(figures, given.validated) else 1
-    return 0
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from mcore_spec.config import BaseArchitecture
 from mcore_spec.errors import ConfigError
 from mcore_spec.evaluation.prompts import TokenizerPrompts
 from mcore_spec.evaluation.tree import Topology
-from mcore_spec.export.reader import attach_exported, check_base, read_export_record
+from mcore_spec.evaluation.typical import TypicalAcceptance
+from mcore_spec.export.modules import draft_names
+from mcore_spec.export.reader import attach_exported, read_exported
 from mcore_spec.parallel.layout import Layout, run_on_rank_zero
 from mcore_spec.weights.hf_config import describe_hf, locate, read_hf_config
 from mcore_spec.weights.hf_import import import_hf
@@ -50,20 +52,22 @@ def load_drafted_base(arguments: DraftedBaseArguments, layout: Layout) -> Drafte
 
 
 def _from_directories(arguments: DraftedBaseArguments, layout: Layout) -> DraftedBase:
-    directory, draft = locate(str(arguments.base)), Path(str(arguments.draft))
+    directory, draft = locate(str(arguments.base), field="base"), Path(str(arguments.draft))
     raw = read_hf_config(directory)
     stored = describe_hf(raw, where=str(directory / "config.json"))
     base = _with_dtype(stored, arguments.params_dtype)
     check_layout(base, layout)
-    record = read_export_record(draft)
-    check_base(record, base, directory=draft)
+    exported = read_exported(draft, base)
+    for note in exported.notes:
+        say(f"note: {note}")
+    identity = exported.record.identity
     tokenizer = arguments.tokenizer_model or str(directory)
     prompts = TokenizerPrompts(tokenizer, vocab_size=base.vocab_size, config=raw)
     model = build_gpt_model(base, layout)
-    with WeightDirectory(directory) as weights:
-        if weights.fingerprint() != record.identity.fingerprint:
+    with WeightDirectory(directory, without=draft_names(raw)) as weights:
+        if not exported.is_foreign and weights.fingerprint() != identity.fingerprint:
             say(
-                f"note: {draft} was made for {record.identity.source}, whose weights are not those in {directory}; "
+                f"note: {draft} was made for {identity.source}, whose weights are not those in {directory}; "
                 "its proposals fit less well"
             )
         import_hf(model, weights, cast=base.dtype != stored.dtype)
@@ -86,3 +90,17 @@ def topology_of(arguments: DecodingArguments) -> Topology:
     if arguments.top_k > 1:
         return Topology.comb(arguments.steps, top_k=arguments.top_k)
     return Topology.chain(arguments.steps)
+
+
+def typical_of(arguments: DecodingArguments) -> TypicalAcceptance | None:
+    """How proposals are accepted; ``None``: exactly."""
+    if arguments.acceptance == "exact":
+        return None
+    return TypicalAcceptance(
+        temperature=arguments.temperature, epsilon=arguments.typical_epsilon, delta=arguments.typical_delta
+    )
+
+
+def sampling_temperature(arguments: DecodingArguments) -> float:
+    """Of what is drawn; typical acceptance draws nothing."""
+    return arguments.temperature if arguments.acceptance == "exact" else 0.0

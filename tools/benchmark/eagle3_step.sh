@@ -5,8 +5,6 @@ set -euo pipefail
 
 CASES="t1024-k3 t1024-k7 t2048-k3 t2048-k7 t1024-k3-v8192-m60 t1024-k7-v8192-m60 t2048-k3-v8192-m60 t2048-k7-v8192-m60"
 CHECK_CASES="t256-k3 t256-k3-v8192-m60"
-MODELOPT="nvidia-modelopt[hf]==0.47.0"
-SPECULATORS="speculators==0.9.0"
 LIMIT_S=7200
 
 usage() {
@@ -17,7 +15,8 @@ usage: tools/benchmark/eagle3_step.sh [--check] [--cases "NAME ..."] [--contende
   --check        short cases with gradients: do all contenders compute what the reference does? Minutes.
   --cases        t1024-k3: 1 x 1024 tokens, 3 steps; -v8192: a draft vocabulary; -m60: 60 % of the tokens in the mask
                  (default: $CASES)
-  --contenders   of ours modelopt speculators, in this order (default: all)
+  --contenders   of ours ours_hf modelopt speculators, in this order; ours_hf: on the base as a transformers model
+                 (default: all but that)
   --warmup       steps before the clock (default: 1)
   --repeats      measured steps (default: 3)
   --threads      (default: 2)
@@ -63,44 +62,11 @@ while (($#)); do
             ;;
     esac
 done
-for contender in $contenders; do
-    if [[ ! "$contender" =~ ^(ours|modelopt|speculators)$ ]]; then
-        echo "error: --contenders $contender is none of ours, modelopt, speculators" >&2
-        exit 2
-    fi
-done
+source "$here/environments.sh"
+check_contenders "$contenders" "ours ours_hf modelopt speculators"
 mkdir -p "$work_dir/logs"
 work_dir="$(cd "$work_dir" && pwd)"
-
-source "$here/../environment.sh"
 cd "$REPOSITORY"
-envs="${MCORE_SPEC_BENCH_ENVS:-$REPOSITORY/.venv-bench}"
-
-# An environment with one peer, which wants other versions than this package: NAME REQUIREMENT.
-prepare_peer() {
-    local venv="$envs/$1" requirement="$2" torch package
-    package="${requirement%%[\[=]*}"
-    if [[ ! -x "$venv/bin/python" ]]; then
-        say "creating $venv"
-        "$(find_python)" -m venv "$venv"
-    fi
-    if [[ "$("$venv/bin/python" -c "from importlib.metadata import version; print(version('$package'))" 2>/dev/null)" \
-        != "${requirement##*==}" ]]; then
-        # torch first and by name, so that the peer's requirements choose no other build.
-        torch="$(grep -E '^torch==' "$REPOSITORY/constraints.txt")"
-        say "installing $torch and $requirement"
-        "$venv/bin/python" -m pip install --quiet "$torch"
-        "$venv/bin/python" -m pip install --quiet "$torch" "$requirement"
-    fi
-}
-
-python_of() {
-    if [[ "$1" == ours || "$1" == reference ]]; then
-        printf '%s\n' "$VENV/bin/python"
-    else
-        printf '%s\n' "$envs/$1/bin/python"
-    fi
-}
 
 # One fresh process: CONTENDER MODULE CASE [FLAG ...]. Its last line joins the results; a failure is a line too, and
 # the run goes on. Where memory ends it is this process that stops: its allocations are limited to what is
@@ -125,18 +91,11 @@ measure() {
     fi
 }
 
-prepare_environment demo
-install_demo_weights
+prepare_contender ours
 for contender in $contenders; do
-    case "$contender" in
-        modelopt) prepare_peer modelopt "$MODELOPT" ;;
-        speculators) prepare_peer speculators "$SPECULATORS" ;;
-    esac
+    [[ "$contender" == ours* ]] || prepare_contender "$contender"
 done
-
-# One directory on the path for three environments; no network, no device, and no more threads than measured.
-export PYTHONPATH="$REPOSITORY" HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS="$threads" \
-    MKL_NUM_THREADS="$threads"
+isolate "$threads"
 results="$work_dir/results.jsonl"
 if [[ -z "$append" ]]; then
     : >"$results"
@@ -148,8 +107,8 @@ for name in $cases; do
     measure reference reference "$name" $gradients
     for contender in $contenders; do
         module="peer_$contender"
-        if [[ "$contender" == ours ]]; then
-            module=ours
+        if [[ "$contender" == ours* ]]; then
+            module="$contender"
         fi
         measure "$contender" "$module" "$name" --warmup "$warmup" --repeats "$repeats"
     done

@@ -37,16 +37,20 @@ def architecture(sizes: BaseSizes, case: Case) -> dict[str, Any]:
     }
 
 
-def build(base: Path, case: Case, inputs: Inputs) -> Contender:
-    """Convert the base, and give the draft the shared weights (its own head the base's rows)."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = {
+def eagle_config(sizes: BaseSizes, case: Case) -> dict[str, Any]:
+    """What is asked of ModelOpt; everything else is its default."""
+    return {
         "eagle_ttt_steps": case.num_steps,
         "eagle_loss_decay_factor": LOSS_DECAY,
         "eagle_use_torch_compile": False,
-        "eagle_architecture_config": architecture(BaseSizes.read(base), case),
+        "eagle_architecture_config": architecture(sizes, case),
     }
-    model = mtsp.convert(model, [("eagle", config)])
+
+
+def build(base: Path, case: Case, inputs: Inputs) -> Contender:
+    """Convert the base, and give the draft the shared weights (its own head the base's rows)."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = mtsp.convert(model, [("eagle", eagle_config(BaseSizes.read(base), case))])
     draft = model.eagle_module
     load_draft(draft, inputs.draft)
     if inputs.target_ids is not None:
