@@ -1,7 +1,7 @@
 """Medusa (Cai et al., arXiv 2401.10774): head i predicts token x[t+2+i] from the base's last hidden state.
 
 Inside the heads every rank holds whole rows and its own share of the features; gradients of whole rows
-are one term a rank, summed where the rows entered the parallel region.
+are one term a rank, summed where the rows entered the parallel region. The base is frozen, so that there they end.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mcore_spec.config import BaseArchitecture, MedusaConfig
 from mcore_spec.drafts.draft import Draft, Reads
@@ -54,10 +55,10 @@ class MedusaHead(nn.Module):
         self.lm_head = VocabularyHead(base.hidden_size, base.vocab_size, place=place)
 
     def forward(self, z: Tensor) -> Tensor:
-        """[s, b, h], inside the parallel region -> this rank's logits [s, b, padded vocabulary / size]."""
+        """[s, b, h], inside the parallel region -> what the head reads, the same."""
         for block in self.blocks:
             z = block(z)
-        return self.lm_head(z)
+        return z
 
 
 class MedusaDraft(Draft):
@@ -102,7 +103,7 @@ class MedusaDraft(Draft):
                 parameter.zero_()
 
     def forward(self, features: Tensor, *, documents: Documents | None = None) -> list[Tensor]:
-        """Logits of every head.
+        """Logits of every head, for serving: training never holds logits of all rows, see `states`.
 
         Args:
             features: the base's last hidden state after its final norm [s or s/size, b, h].
@@ -112,5 +113,21 @@ class MedusaDraft(Draft):
         Returns:
             One a head, this rank's [s, b, padded vocabulary / size].
         """
+        states = self.states(features)
+        return [head.lm_head(state) for head, state in zip(self.medusa_heads(), states, strict=True)]
+
+    def states(self, features: Tensor, *, recompute: bool = False) -> list[Tensor]:
+        """What every head reads: the output of its residual blocks.
+
+        Args:
+            features: the base's last hidden state after its final norm [s or s/size, b, h].
+            recompute: keep no activations between the blocks; compute them again in backward.
+
+        Returns:
+            One a head [s, b, h], inside the parallel region.
+        """
         z = self.tp.enter(features)
-        return [head(z) for head in self.heads]
+        if not recompute:
+            return [head(z) for head in self.heads]
+        # Nothing is drawn at random: there is no random state to keep.
+        return [checkpoint(head, z, use_reentrant=False, preserve_rng_state=False) for head in self.heads]

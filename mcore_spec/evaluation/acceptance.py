@@ -22,6 +22,7 @@ from mcore_spec.evaluation.lossless import Difference, find_difference
 from mcore_spec.evaluation.prompts import PromptEncoder, first_messages
 from mcore_spec.evaluation.statistics import Acceptance
 from mcore_spec.evaluation.tree import Topology
+from mcore_spec.evaluation.typical import TypicalAcceptance
 from mcore_spec.parallel.layout import run_on_every_rank
 
 NO_CATEGORY = "other"
@@ -39,6 +40,7 @@ class Settings:
         temperature: of sampling; 0: the likeliest token.
         batch_size: prompts that a rank answers at a time.
         seed: of sampling.
+        typical: acceptance of what the base finds likely enough; ``None``: exact, of what it would say.
         compares: whether the base answers alone too, for its speed and to compare the answers.
     """
 
@@ -47,6 +49,7 @@ class Settings:
     temperature: float = 0.0
     batch_size: int = 8
     seed: int = 1234
+    typical: TypicalAcceptance | None = None
     compares: bool = True
 
 
@@ -84,6 +87,7 @@ class Evaluation(NamedTuple):
         baseline_tokens_per_second: of the base alone, in the same batches; ``None`` where it was not run.
         differences: of greedy answers with and without the draft, faults and ties.
         is_lossless: whether there is no fault; ``None`` where nothing was compared.
+        is_exact: whether the answers are meant to be the base's; with typical acceptance they are not.
     """
 
     overall: Acceptance
@@ -92,6 +96,7 @@ class Evaluation(NamedTuple):
     baseline_tokens_per_second: float | None
     differences: tuple[Difference, ...]
     is_lossless: bool | None
+    is_exact: bool = True
 
     @property
     def faults(self) -> list[Difference]:
@@ -121,7 +126,13 @@ class Evaluator:
 
     def _decoder(self, topology: Topology) -> Decoder:
         settings = self.settings
-        return Decoder(self.model, topology=topology, temperature=settings.temperature, end_ids=self.encoder.end_ids)
+        return Decoder(
+            self.model,
+            topology=topology,
+            temperature=settings.temperature,
+            typical=settings.typical,
+            end_ids=self.encoder.end_ids,
+        )
 
     def __call__(self, prompts: Sequence[Prompt], *, on_prompts: Callable[[int], None] | None = None) -> Evaluation:
         """Answer all prompts.
@@ -210,7 +221,7 @@ class Evaluator:
             yield [batch[index] for index in asked], requests, decoded
 
     def _differences(self, requests: list[Request], decoded: Decoded, plain: Decoded) -> Iterator[Difference]:
-        if self.settings.temperature > 0:
+        if self.settings.temperature > 0 or self.settings.typical is not None:
             return
         for request, ours, theirs in zip(requests, decoded.answers, plain.answers, strict=True):
             found = find_difference(
@@ -232,7 +243,8 @@ class Evaluator:
         }
         differences = tuple(each for share in shares for each in share.differences)
         plain = [share.plain for share in shares if share.plain is not None]
-        is_compared = self.plain is not None and self.settings.temperature == 0
+        is_exact = self.settings.typical is None
+        is_compared = self.plain is not None and self.settings.temperature == 0 and is_exact
         return Evaluation(
             overall=Acceptance.total(list(by_category.values())),
             by_category=by_category,
@@ -240,6 +252,7 @@ class Evaluator:
             baseline_tokens_per_second=sum(_rate(each) for each in plain) if self.plain is not None else None,
             differences=differences,
             is_lossless=all(each.is_tie for each in differences) if is_compared else None,
+            is_exact=is_exact,
         )
 
 

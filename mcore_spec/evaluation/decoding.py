@@ -21,16 +21,15 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from mcore_spec.bases.features import Features
+from mcore_spec.bases.features import Features, features_for
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.bases.megatron_build import check_cacheable
-from mcore_spec.config import EagleConfig
-from mcore_spec.conversion import conversion_of
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import ConfigError
 from mcore_spec.evaluation.choice import HeadVocabulary, draw, verify_by_rejection
-from mcore_spec.evaluation.drafters import Drafter, Proposals, Reading, RowShare, features_for, make_drafter
+from mcore_spec.evaluation.drafters import Drafter, Proposals, Reading, RowShare, aux_layers_of, make_drafter
 from mcore_spec.evaluation.tree import ROOT, Topology
+from mcore_spec.evaluation.typical import TypicalAcceptance
 from mcore_spec.layers.cache import KeyValueCache, NewRows, Span
 from mcore_spec.parallel.layout import run_on_every_rank
 
@@ -112,7 +111,13 @@ class Decoder:
     """A model on this rank that continues sequences. Every rank of the model must make the same calls."""
 
     def __init__(
-        self, model: GPTModel, *, topology: Topology, temperature: float = 0.0, end_ids: Sequence[int] = ()
+        self,
+        model: GPTModel,
+        *,
+        topology: Topology,
+        temperature: float = 0.0,
+        typical: TypicalAcceptance | None = None,
+        end_ids: Sequence[int] = (),
     ) -> None:
         """Look at the model.
 
@@ -120,6 +125,7 @@ class Decoder:
             model: this rank's part.
             topology: of the proposals; without nodes, the base decodes alone and needs no draft.
             temperature: of sampling; 0: the likeliest token.
+            typical: keep what the base finds likely enough, not only what it would say.
             end_ids: tokens that end a sequence.
 
         Raises:
@@ -130,9 +136,14 @@ class Decoder:
             raise ConfigError(
                 f"temperature = {temperature} with a tree: sampling is built for chains; leave --tree and --top-k out"
             )
+        if temperature > 0 and typical is not None:
+            raise ConfigError(
+                f"temperature = {temperature} with typical acceptance, which has one of its own and draws nothing; "
+                "leave one of the two out"
+            )
         check_cacheable(model)
         self.base, self.topology, self.temperature = MegatronBase(model), topology, temperature
-        self.end_ids = frozenset(end_ids)
+        self.typical, self.end_ids = typical, frozenset(end_ids)
         self.share = RowShare(self.base.tp)
         self.device = next(model.parameters()).device
         self.draft: Draft | None = None
@@ -141,7 +152,7 @@ class Decoder:
         # What the tokens under verification were drawn from; on the last stage.
         self._proposals: Proposals | None = None
         if len(topology):
-            self.aux_layer_ids = _aux_layers(model)
+            self.aux_layer_ids = aux_layers_of(model)
             self.draft = self.base.draft()
             self.drafter = run_on_every_rank(self._make_drafter)
         vocab_size = self.base.architecture.vocab_size
@@ -269,6 +280,12 @@ class Decoder:
         num = len(active)
         if self.temperature == 0:
             chosen = self.vocabulary.likeliest(logits, 1).view(num, -1).tolist()
+            if self.typical is not None and active[0].proposed:
+                rows = self.vocabulary.probabilities(logits, self.typical.temperature).unflatten(0, (num, -1))
+                paths = [self.typical.keep(self.topology, s.proposed, p) for s, p in zip(active, rows, strict=True)]
+                # The base's own token comes behind the last one kept; row 0 is the root's.
+                pairs = zip(paths, chosen, strict=True)
+                return [Verdict(path, own[path[-1] + 1 if path else 0]) for path, own in pairs]
             return [self._walk(sequence, own) for sequence, own in zip(active, chosen, strict=True)]
         base = self.vocabulary.probabilities(logits, self.temperature).unflatten(0, (num, -1))
         num_proposed = base.shape[1] - 1
@@ -280,8 +297,8 @@ class Decoder:
         kept = verify_by_rejection(
             self._proposals.token_ids, self._proposals.probabilities, base, uniforms[:, :-1], uniforms[:, -1]
         )
-        pairs = zip(kept.num.tolist(), kept.next_ids.tolist(), strict=True)
-        return [Verdict(list(range(number)), token) for number, token in pairs]
+        numbers = zip(kept.num.tolist(), kept.next_ids.tolist(), strict=True)
+        return [Verdict(list(range(number)), token) for number, token in numbers]
 
     def _walk(self, sequence: _Sequence, chosen: list[int]) -> Verdict:
         """Down the tree while a child is what the base would say; `chosen` is that behind the root and each node."""
@@ -368,18 +385,3 @@ def _uniforms(sequences: Sequence[_Sequence], num: int) -> Tensor:
     """In [0, 1), float64 [sequences, num], each row from its sequence's own generator."""
     rows = [torch.rand(num, generator=sequence.generator, dtype=torch.float64) for sequence in sequences]
     return torch.stack(rows)
-
-
-def _aux_layers(model: GPTModel) -> tuple[int, ...]:
-    """Base layers that the model's draft reads.
-
-    Raises:
-        ConfigError: it has no draft.
-    """
-    conversion = conversion_of(model)
-    if conversion is None:
-        raise ConfigError("the model has no draft; attach one first (convert), or decode without steps")
-    if conversion.draft_class.reads == "last":
-        return ()
-    assert isinstance(conversion.config, EagleConfig)
-    return conversion.config.eagle_architecture_config.eagle_aux_hidden_state_layer_ids

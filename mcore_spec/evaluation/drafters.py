@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from mcore_spec.bases.features import Features
 from mcore_spec.bases.megatron import MegatronBase
+from mcore_spec.config import EagleConfig
+from mcore_spec.conversion import conversion_of
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.medusa import MedusaDraft
 from mcore_spec.drafts.steps import StepOutput
@@ -103,12 +105,19 @@ class RowShare:
         return whole[:num_filled, 0]
 
 
-def features_for(draft: Draft, features: Features) -> Tensor:
-    """Those of the base's hidden states that the draft reads."""
-    if draft.reads == "last":
-        return features.last
-    assert features.aux is not None
-    return features.aux
+def aux_layers_of(model: GPTModel) -> tuple[int, ...]:
+    """Base layers that the model's draft reads.
+
+    Raises:
+        ConfigError: it has no draft.
+    """
+    conversion = conversion_of(model)
+    if conversion is None:
+        raise ConfigError("the model has no draft; attach one first (convert), or decode without steps")
+    if conversion.draft_class.reads == "last":
+        return ()
+    assert isinstance(conversion.config, EagleConfig)
+    return conversion.config.eagle_architecture_config.eagle_aux_hidden_state_layer_ids
 
 
 def make_drafter(base: MegatronBase, draft: Draft, topology: Topology, *, temperature: float) -> Drafter:

@@ -17,6 +17,7 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
     """Plain values; ratios without a denominator are null."""
     return {
         **_counts(evaluation.overall),
+        "acceptance": "exact" if evaluation.is_exact else "typical",
         "lossless": evaluation.is_lossless,
         "num_ties": sum(each.is_tie for each in evaluation.differences),
         "tokens_per_second": evaluation.tokens_per_second,
@@ -33,6 +34,22 @@ def _counts(acceptance: Acceptance) -> dict[str, Any]:
         "num_tokens": acceptance.num_tokens,
         "num_answers": acceptance.num_answers,
     }
+
+
+def check_output(path: Path | None, *, field: str) -> None:
+    """Refuse, before anything is measured, a file that could not be written afterwards.
+
+    Raises:
+        ConfigError: a directory has the name, or the directory above cannot be made.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"{field} = {path} is a directory; name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{field} = {path} cannot be written ({error.strerror}); choose another file") from error
 
 
 def write_json(evaluation: Evaluation, path: Path) -> None:
@@ -84,6 +101,8 @@ def _describe_speed(evaluation: Evaluation) -> str:
 
 
 def _describe_differences(evaluation: Evaluation) -> list[str]:
+    if not evaluation.is_exact:
+        return ["typical acceptance: the answers are not those of the base alone"]
     if evaluation.is_lossless is None:
         return []
     ties = len(evaluation.differences) - len(evaluation.faults)

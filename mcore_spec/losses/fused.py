@@ -55,11 +55,11 @@ def distillation_loss(
     `TensorParallel.enter`, by which the caller entered the parallel region, adds the terms.
 
     Args:
-        student: K tensors [rows, h], what the head reads at each step.
+        student: K tensors [rows, h], what a head reads at each step.
         teacher: the base's last hidden states after the final norm, [positions, h]; no gradient.
         position: index into `teacher` of each row's features, int64 [rows]; any order, no two alike.
         counted: rows of the mask, bool [K, rows]; their positions at the step exist.
-        vocabulary: the heads of both.
+        vocabulary: the heads of both; the student has one for all steps, or K.
         decay: weight of a step relative to the one before.
         labels: base ids int64 [K, rows], read where `counted`: the loss is then -log q(label), and a row whose label
             is not in the draft vocabulary is dropped. None: the base's distribution.
@@ -84,6 +84,7 @@ def distillation_loss(
     assert counted.shape == (len(student), position.shape[0]), f"counted is {list(counted.shape)}"
     assert labels is None or labels.shape == counted.shape, "labels are shaped like counted"
     assert all(hidden.shape == (position.shape[0], teacher.shape[1]) for hidden in student), "one hidden state a row"
+    assert len(vocabulary.student_heads) in (1, len(student)), "one head for all steps, or one a step"
     request = _Request(
         teacher=teacher.detach(),
         position=position.to(teacher.device),
@@ -95,7 +96,7 @@ def distillation_loss(
         max_positions=max(1, max_logits // max(1, vocabulary.teacher.width, vocabulary.student.width)),
         with_grad=torch.is_grad_enabled(),
     )
-    return LossOutput(*_DistillationLoss.apply(request, vocabulary.student_head, *student))
+    return LossOutput(*_DistillationLoss.apply(request, *vocabulary.student_heads, *student))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +116,11 @@ class _Request:
 
 class _DistillationLoss(Function):
     @staticmethod
-    def forward(ctx: Any, request: _Request, student_head: Tensor, *student: Tensor) -> tuple[Tensor, ...]:
-        wants = [request.with_grad and needed for needed in ctx.needs_input_grad]
-        work = _Work(request, student, wants_head=wants[1], wants_student=wants[2:])
+    def forward(ctx: Any, request: _Request, *heads_and_student: Tensor) -> tuple[Tensor, ...]:
+        wants = [request.with_grad and needed for needed in ctx.needs_input_grad[1:]]
+        num_heads = len(request.vocabulary.student_heads)
+        student = heads_and_student[num_heads:]
+        work = _Work(request, student, wants_heads=wants[:num_heads], wants_student=wants[num_heads:])
         for chunk in schedule(
             request.position,
             request.counted,
@@ -126,14 +129,15 @@ class _DistillationLoss(Function):
         ):
             work.add(chunk)
         outcome = work.finish()
-        ctx.save_for_backward(work.head_grad, *work.student_grads)
-        ctx.mark_non_differentiable(*outcome[1:])
-        return tuple(outcome)
+        ctx.save_for_backward(*work.head_grads, *work.student_grads)
+        sums = tuple(part for part in outcome if part is not None)
+        ctx.mark_non_differentiable(*sums[1:])
+        return sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # The head's is wider than the head where that is narrow; autograd rounds what it is given.
+        # A head's is wider than the head where that is narrow; autograd rounds what it is given.
         return None, *(None if grad is None else grad * grads[0] for grad in ctx.saved_tensors)
 
 
@@ -170,18 +174,25 @@ class _Work:
     """The sums and gradients, chunk by chunk."""
 
     def __init__(
-        self, request: _Request, student: Sequence[Tensor], *, wants_head: bool, wants_student: Sequence[bool]
+        self,
+        request: _Request,
+        student: Sequence[Tensor],
+        *,
+        wants_heads: Sequence[bool],
+        wants_student: Sequence[bool],
     ) -> None:
         self.request, self.student = request, student
         self.group = request.vocabulary.tp.group
         dtype, device = student[0].dtype, request.teacher.device
         self.wide = torch.promote_types(torch.promote_types(dtype, request.teacher.dtype), torch.float32)
-        head = request.vocabulary.student_head
-        self.head_grad = torch.zeros_like(head, dtype=self.wide) if wants_head else None
+        self.head_grads = [
+            torch.zeros_like(head, dtype=self.wide) if wants else None
+            for head, wants in zip(request.vocabulary.student_heads, wants_heads, strict=True)
+        ]
         self.student_grads = [
             torch.zeros_like(hidden) if wants else None for hidden, wants in zip(student, wants_student, strict=True)
         ]
-        self._wants_gradients = wants_head or any(wants_student)
+        self._wants_gradients = any(wants_heads) or any(wants_student)
         self.entered = torch.zeros_like(request.counted)
         self.expected = torch.zeros_like(request.counted, dtype=torch.int64)
         self.predicted = torch.zeros_like(self.expected)
@@ -247,7 +258,7 @@ class _Work:
         return torch.index_select(logits, 1, vocabulary.draft_to_target, out=out)
 
     def _judge(self, step: StepRows, target: _Target) -> None:
-        k, rows, head = step.step, step.rows, self.request.vocabulary.student
+        k, rows, head = step.step, step.rows, self.request.vocabulary.student_at(step.step)
         hidden = self.student[k].index_select(0, rows)
         logits = self._logits(hidden, head, self._student_block)
         peak = row_peak(logits, head.first, self.group)
@@ -288,7 +299,7 @@ class _Work:
 
     def _add_gradients(self, step: StepRows, hidden: Tensor, entered: Tensor, descent: Tensor) -> None:
         """Add what the rows of one step give; `descent` is p - q, minus the gradient with respect to their logits."""
-        factor, head = -(self.request.decay**step.step), self.request.vocabulary.student
+        factor, head = -(self.request.decay**step.step), self.request.vocabulary.student_at(step.step)
         if hidden.dtype != descent.dtype:
             descent = self._narrow_blocks[hidden.dtype].block(*descent.shape).copy_(descent)
         grad = self.student_grads[step.step]
@@ -296,9 +307,10 @@ class _Work:
             # The factor is applied to a row of h, not of the vocabulary, and before rounding to the row's dtype.
             scale = (entered.to(self.wide) * factor)[:, None]
             grad.index_copy_(0, step.rows, (torch.mm(descent, head.weight) * scale).to(grad.dtype))
-        if self.head_grad is None:
+        whole_grad = self.head_grads[step.step if len(self.head_grads) > 1 else 0]
+        if whole_grad is None:
             return
-        entered_hidden, head_grad = hidden * entered[:, None], self.head_grad[: head.width]
+        entered_hidden, head_grad = hidden * entered[:, None], whole_grad[: head.width]
         if hidden.dtype == head_grad.dtype:
             head_grad.addmm_(descent.t(), entered_hidden, alpha=factor)
         else:

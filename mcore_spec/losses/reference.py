@@ -33,13 +33,13 @@ def distillation_loss_reference(
         teacher: [positions, h].
         position: int64 [rows].
         counted: bool [K, rows].
-        vocabulary: both heads, whole.
+        vocabulary: the heads of both, whole.
         decay: weight of a step relative to the one before.
         labels: int64 [K, rows], or None.
         keep_out_of_vocabulary: whether rows stay whose teacher argmax is not in the draft vocabulary.
 
     Returns:
-        The sums; `loss` carries gradients to `student` and to the student's head.
+        The sums; `loss` carries gradients to `student` and to the student's heads.
     """
     assert vocabulary.tp.size == 1, "the reference holds whole heads"
     wide = torch.promote_types(student[0].dtype, torch.float32)
@@ -47,10 +47,11 @@ def distillation_loss_reference(
     # The base id of each row of the student's head.
     draft_ids = list(range(vocabulary.vocab_size)) if ids is None else ids.tolist()
     teacher_head = vocabulary.teacher_head.detach()[: vocabulary.vocab_size]
-    student_head = vocabulary.student_head[: len(draft_ids)]
+    heads = vocabulary.student_heads * (1 if len(vocabulary.student_heads) > 1 else len(student))
+    student_heads = [head[: len(draft_ids)] for head in heads]
     entered, correct = torch.zeros_like(counted), torch.zeros_like(counted)
     losses = []
-    for k, hidden in enumerate(student):
+    for k, (hidden, student_head) in enumerate(zip(student, student_heads, strict=True)):
         # A zero that depends on every input, so that a step without rows has gradients of zero.
         loss = 0 * (hidden.sum() + student_head.sum()).to(wide)
         for row in counted[k].nonzero().flatten().tolist():

@@ -34,13 +34,14 @@ class VocabularySlice(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """The two heads. The padding rows at the end of a head never reach a softmax.
+    """The heads of both sides. The padding rows at the end of a head never reach a softmax.
 
     Attributes:
         teacher_head: this rank's rows of the base's head, [padded vocabulary / size, h]; frozen.
         vocab_size: base vocabulary without padding.
         student_head: this rank's rows of the head that the draft reads, [padded draft vocabulary / size, h]: the very
-            tensor of the base, or a weight of its own. It gets a gradient if it requires one.
+            tensor of the base, or a weight of its own. It gets a gradient if it requires one. Or a head for each
+            step, of one shape: Medusa's.
         draft_to_target: base id of each entry of the draft vocabulary, int64 [draft vocabulary]; ``None``: the
             draft's vocabulary is the base's.
         teacher_rows: the base's head rows of this rank's slice of the draft vocabulary, [width of the slice, h].
@@ -51,7 +52,7 @@ class Vocabulary:
 
     teacher_head: Tensor
     vocab_size: int
-    student_head: Tensor
+    student_head: Tensor | tuple[Tensor, ...]
     draft_to_target: Tensor | None = None
     teacher_rows: Tensor | None = None
     tp: TensorParallel = field(default_factory=TensorParallel)
@@ -60,12 +61,17 @@ class Vocabulary:
         """Refuse heads that do not hold their vocabulary.
 
         Raises:
-            ConfigError: a head with too few rows, ids outside of the vocabulary, or `teacher_rows` that are
-                missing or not those of this rank's slice.
+            ConfigError: a head with too few rows, heads of several shapes, ids outside of the vocabulary, or
+                `teacher_rows` that are missing or not those of this rank's slice.
         """
+        shapes = {tuple(head.shape) for head in self.student_heads}
+        if len(shapes) != 1:
+            raise ConfigError(
+                f"student_head holds heads of the shapes {sorted(shapes)}; give one head, or one a step of one shape"
+            )
         for name, head, size in (
             ("teacher_head", self.teacher_head, self.vocab_size),
-            ("student_head", self.student_head, self.draft_size),
+            ("student_head", self.student_heads[0], self.draft_size),
         ):
             if head.shape[0] * self.tp.size < size:
                 raise ConfigError(
@@ -95,6 +101,11 @@ class Vocabulary:
             raise ConfigError("draft_to_target holds an id twice; give each entry of the draft vocabulary its own")
 
     @property
+    def student_heads(self) -> tuple[Tensor, ...]:
+        """One head that every step reads, or one a step."""
+        return self.student_head if isinstance(self.student_head, tuple) else (self.student_head,)
+
+    @property
     def draft_size(self) -> int:
         """Entries of the draft vocabulary."""
         return self.vocab_size if self.draft_to_target is None else self.draft_to_target.shape[0]
@@ -102,7 +113,7 @@ class Vocabulary:
     @property
     def _slices_agree(self) -> bool:
         """Whether entry i of this rank's draft slice is entry i of its base slice."""
-        same_rows = self.tp.size == 1 or self.teacher_head.shape[0] == self.student_head.shape[0]
+        same_rows = self.tp.size == 1 or self.teacher_head.shape[0] == self.student_heads[0].shape[0]
         return self.draft_to_target is None and same_rows
 
     @property
@@ -118,8 +129,13 @@ class Vocabulary:
 
     @property
     def student(self) -> VocabularySlice:
-        """This rank's part of the draft vocabulary."""
-        return self._slice(self.student_head.detach(), self.draft_size)
+        """This rank's part of the draft vocabulary; of several heads, the first one's rows."""
+        return self.student_at(0)
+
+    def student_at(self, step: int) -> VocabularySlice:
+        """This rank's part of the head that a step reads."""
+        heads = self.student_heads
+        return self._slice(heads[step if len(heads) > 1 else 0].detach(), self.draft_size)
 
     def _slice(self, head: Tensor, size: int) -> VocabularySlice:
         first = self.tp.rank * head.shape[0]

@@ -1,0 +1,51 @@
+"""Medusa: each head learns the token that lies one further ahead, from the data or from the base."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from mcore_spec.bases.base import Base
+from mcore_spec.bases.features import Features
+from mcore_spec.config import MedusaConfig
+from mcore_spec.data.batch import Batch
+from mcore_spec.drafts.medusa import MedusaDraft
+from mcore_spec.losses.fused import distillation_loss
+from mcore_spec.losses.outcome import LossOutput
+from mcore_spec.objectives.objective import Task
+from mcore_spec.objectives.rows import relate_vocabularies, teacher_rows
+from mcore_spec.parallel.documents import Documents
+
+
+def medusa_task(config: MedusaConfig) -> Task:
+    """What training the heads of this configuration takes."""
+    return Task(num_steps=config.medusa_num_heads, make_objective=partial(MedusaObjective, config))
+
+
+class MedusaObjective:
+    """See `Objective`. Step k is head k: row t reads the base's state at t and predicts x[t+2+k]."""
+
+    def __init__(self, config: MedusaConfig, base: Base, draft: MedusaDraft, *, recompute: bool = False) -> None:
+        """Look at the heads.
+
+        Args:
+            config: resolved.
+            base: the teacher.
+            draft: the student.
+            recompute: compute the activations of each head's residual blocks again in backward.
+        """
+        self.config, self.base, self.draft, self.recompute = config, base, draft, recompute
+        self.vocabulary = relate_vocabularies(base, draft.own_heads(), None)
+
+    def __call__(self, batch: Batch, documents: Documents, features: Features) -> LossOutput:
+        """Sums over this rank's rows."""
+        config = self.config
+        states = self.draft.states(features.last, recompute=self.recompute)
+        return distillation_loss(
+            [state[:, 0] for state in states],
+            teacher_rows(features, documents, self.base.tp),
+            position=documents.row_index.to(batch.token_ids.device),
+            counted=documents.take(batch.counted, 1),
+            vocabulary=self.vocabulary,
+            decay=config.medusa_loss_decay_factor,
+            labels=None if config.medusa_self_logit_distillation else documents.take(batch.labels, 1),
+        )
