@@ -22,12 +22,15 @@ _PUBLIC = MappingProxyType(
         "MedusaConfig": "mcore_spec.config",
         "UnsupportedError": "mcore_spec.errors",
         "convert": "mcore_spec.conversion",
+        "enable_huggingface_checkpointing": "mcore_spec.huggingface.checkpointing",
         "export_draft": "mcore_spec.export.draft",
+        "export_speculative_decoding": "mcore_spec.huggingface.drafts",
         "find_checkpoint": "mcore_spec.checkpoint.store",
         "load_checkpoint": "mcore_spec.checkpoint.store",
         "make_record": "mcore_spec.checkpoint.store",
         "parallel_runtime": "mcore_spec.parallel.layout",
-        "restore": "mcore_spec.checkpoint.store",
+        "restore": "mcore_spec.huggingface.drafts",
+        "save": "mcore_spec.huggingface.drafts",
         "save_checkpoint": "mcore_spec.checkpoint.store",
     }
 )

@@ -15,18 +15,26 @@ class Base(Protocol):
     """One rank's view of a model that carries a draft, or will.
 
     Attributes:
-        model: this rank's part; the draft becomes its child.
         architecture: sizes of the whole.
         tp: the ranks over which the last pipeline stage is cut.
     """
 
-    model: nn.Module
     architecture: BaseArchitecture
     tp: TensorParallel
 
     @property
+    def model(self) -> nn.Module:
+        """This rank's part; the draft becomes its child."""
+        ...
+
+    @property
     def is_last_stage(self) -> bool:
         """Whether this rank has the head, and the draft."""
+        ...
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes for all that hold the same."""
         ...
 
     def draft(self) -> Draft | None:
@@ -39,6 +47,14 @@ class Base(Protocol):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[b, s] -> frozen embeddings [s or s/tp, b, h]; first and last stage."""
+        ...
+
+    def embedding_weight(self) -> Tensor:
+        """This rank's rows of the embedding, [padded vocabulary / size, h]; first and last stage."""
+        ...
+
+    def copy_embedding_to_last_stage(self) -> None:
+        """Bring the embedding to a last stage that lacks it; every rank of the model must call."""
         ...
 
     def head_weight(self) -> Tensor:

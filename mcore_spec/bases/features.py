@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from mcore_spec.drafts.draft import Draft
+
 
 class Features(NamedTuple):
     """Hidden states of one forward pass of the base, without gradient, on the last pipeline stage.
@@ -18,3 +20,11 @@ class Features(NamedTuple):
 
     aux: Tensor | None
     last: Tensor
+
+
+def features_for(draft: Draft, features: Features) -> Tensor:
+    """Those of the base's hidden states that the draft reads."""
+    if draft.reads == "last":
+        return features.last
+    assert features.aux is not None
+    return features.aux

@@ -102,6 +102,11 @@ class MegatronBase:
         """Whether this rank has the head, and the draft."""
         return self.stage == self.num_stages - 1
 
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank is of the first replica of the model."""
+        return group_rank(self.model.pg_collection.dp_cp) == 0
+
     def draft(self) -> Draft | None:
         """The attached draft; ``None`` where there is none or on another stage."""
         drafts = [child for child in self.model.children() if isinstance(child, Draft)]

@@ -7,7 +7,6 @@ These classes have the constructors that megatron-core's specs call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -21,21 +20,15 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mcore_spec.bases.megatron_cache import CacheParams
+from mcore_spec.bases.packed_attention import Window, dense_attention, longest, packed_attention
 from mcore_spec.config import RopeConfig
 from mcore_spec.errors import ConfigError, UnsupportedError
-from mcore_spec.layers.attention import KeyValue, join_rows
-from mcore_spec.layers.flash import attend, from_bhsd, to_bhsd
 from mcore_spec.layers.norm import rms_norm
 from mcore_spec.layers.rotary import RotaryEmbedding
 from mcore_spec.parallel.collectives import Group, group_size
 from mcore_spec.parallel.documents import Documents
-
-# Queries of a windowed layer are taken in blocks of this many rows, so that scores are [block, block +
-# window] and not [s, s].
-WINDOW_BLOCK = 512
 
 
 class BaseRMSNorm(nn.Module):
@@ -70,13 +63,13 @@ def document_params(documents: Documents, *, device: torch.device) -> DocumentPa
     Padding at the end of a document counts as rows of it: attention is causal, so that no token sees it.
     """
     bounds = torch.tensor(documents.bounds, dtype=torch.int32, device=device)
-    longest = _longest(documents.bounds)
+    most = longest(documents.bounds)
     return DocumentParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,
         cu_seqlens_kv=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        max_seqlen_q=most,
+        max_seqlen_kv=most,
         documents=documents,
     )
 
@@ -86,10 +79,6 @@ class _Packed(NamedTuple):
 
     bounds: tuple[int, ...]
     lengths: tuple[int, ...]
-
-
-def _longest(bounds: tuple[int, ...]) -> int:
-    return max(stop - start for start, stop in pairwise(bounds))
 
 
 def _read_packed(params: PackedSeqParams) -> _Packed:
@@ -143,15 +132,6 @@ def _documents_of(params: PackedSeqParams, *, num_local_rows: int, group: Group)
             f"multiple of {2 * size} and give cu_seqlens_q_padded"
         )
     return Documents(packed.bounds, lengths=packed.lengths, group=group)
-
-
-class _Run(NamedTuple):
-    """Queries ``start..stop`` stand at ``key_start`` of the whole row, in a document that begins at `first`."""
-
-    start: int
-    stop: int
-    key_start: int
-    first: int
 
 
 class CausalAttention(nn.Module):
@@ -218,64 +198,12 @@ class CausalAttention(nn.Module):
         _refuse_dense_context_parallelism(size)
         if attention_mask is not None:
             _check_causal(attention_mask, batch=query.shape[1], length=query.shape[0])
-        q, k, v = (to_bhsd(x) for x in (query, key, value))
-        length = q.shape[2]
-        if self.window is None or self.window >= length:
-            output = self._causal(q, k, v)
-        else:
-            output = self._windowed(q, k, v, [_Run(0, length, 0, 0)])
-        return from_bhsd(output).flatten(2)
+        return dense_attention(query, key, value, Window(self.window, self.scale)).flatten(2)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
-        """[t, heads, d] of this rank -> [t, heads d]; keys and values cross the ranks in one exchange."""
-        assert query.shape[0] == documents.num_local_rows, "query is this rank's part of the packed row"
-        # megatron-core drops the batch of one.
-        query = query[:, None]
-        keys, values = join_rows(KeyValue(key[:, None], value[:, None]), documents)
-        q, k, v = (to_bhsd(x) for x in (query, keys, values))
-        if self.window is not None and self.window < _longest(documents.bounds):
-            mixed = from_bhsd(self._windowed(q, k, v, _runs(documents)))
-        elif documents.is_single:
-            mixed = from_bhsd(self._causal(q, k, v))
-        else:
-            mixed = attend(query, keys, values, pieces=documents.pieces, scale=self.scale)
-        return mixed[:, 0].flatten(1)
-
-    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
-
-    def _windowed(self, q: Tensor, k: Tensor, v: Tensor, runs: Sequence[_Run]) -> Tensor:
-        """[b, heads, s, d]; the runs cover the queries in their order."""
-        blocks = [
-            self._block(q, k, v, run._replace(start=start, key_start=run.key_start + start - run.start))
-            for run in runs
-            for start in range(run.start, run.stop, WINDOW_BLOCK)
-        ]
-        return torch.cat(blocks, dim=2)
-
-    def _block(self, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
-        """At most `WINDOW_BLOCK` queries from the start of the run."""
-        assert self.window is not None
-        stop = min(run.start + WINDOW_BLOCK, run.stop)
-        key_stop = run.key_start + stop - run.start
-        first_key = max(run.first, run.key_start - self.window + 1)
-        distance = (
-            torch.arange(run.key_start, key_stop, device=q.device)[:, None]
-            - torch.arange(first_key, key_stop, device=q.device)[None, :]
-        )
-        visible = (distance >= 0) & (distance < self.window)
-        keys, values = k[:, :, first_key:key_stop], v[:, :, first_key:key_stop]
-        return F.scaled_dot_product_attention(
-            q[:, :, run.start : stop], keys, values, attn_mask=visible, scale=self.scale, enable_gqa=True
-        )
-
-
-def _runs(documents: Documents) -> list[_Run]:
-    runs, row = [], 0
-    for number, start, stop in documents.chunks:
-        runs.append(_Run(row, row + stop - start, start, documents.bounds[number]))
-        row += stop - start
-    return runs
+        """[t, heads, d] of this rank -> [t, heads d]; megatron-core drops the batch of one."""
+        query, key, value = query[:, None], key[:, None], value[:, None]
+        return packed_attention(query, key, value, documents, Window(self.window, self.scale))[:, 0].flatten(1)
 
 
 def _refuse_dense_context_parallelism(size: int) -> None:
@@ -356,14 +284,14 @@ class BaseRotaryEmbedding(nn.Module):
             packed = _Packed(params.documents.bounds, params.documents.lengths)
         else:
             packed = _read_packed(params)
-        longest, original = _longest(packed.bounds), self.rotary.original_length
-        if self.rotary.has_two_tables and any((n > original) != (longest > original) for n in packed.lengths):
+        most, original = longest(packed.bounds), self.rotary.original_length
+        if self.rotary.has_two_tables and any((n > original) != (most > original) for n in packed.lengths):
             raise UnsupportedError(
                 f"packed documents of {list(packed.lengths)} tokens, some longer than LongRoPE's "
                 f"original_max_position_embeddings = {original} and some not, in GPTModel.forward, which rotates all "
                 "alike; pack documents of one kind"
             )
-        return longest
+        return most
 
 
 def local_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:

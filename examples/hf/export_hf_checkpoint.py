@@ -1,0 +1,42 @@
+"""Write the draft of a model that main.py saved as a directory that an inference engine loads.
+
+python examples/hf/export_hf_checkpoint.py --model_path OUT --export_path DRAFT [--export_format speculators]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from transformers import AutoModelForCausalLM
+
+import mcore_spec
+from mcore_spec.cli.terminal import say, say_error
+from mcore_spec.errors import McoreSpecError
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", required=True, help="directory of the model with its draft")
+    parser.add_argument("--export_path", required=True, help="directory to write")
+    parser.add_argument("--export_format", choices=["hf", "speculators"], default="hf", help="whose form (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    given = parser.parse_args()
+    mcore_spec.enable_huggingface_checkpointing()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(given.model_path)
+        mcore_spec.export_speculative_decoding(
+            model, export_dir=given.export_path, export_format=given.export_format, overwrite=given.overwrite
+        )
+    except McoreSpecError as error:
+        say_error(str(error))
+        return 2
+    except OSError as error:
+        say_error(f"{' '.join(str(error).split())}; give the directory of a model that main.py saved")
+        return 2
+    say(f"wrote {given.export_path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

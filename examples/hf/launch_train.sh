@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Train a draft on a transformers model, on as many processes as asked for, with accelerate.
+#
+#   bash examples/hf/launch_train.sh --model BASE --output_dir OUT --data conversations.jsonl \
+#       --num_gpu 1 --num_epochs 1 [--eagle_config FILE] [--mode eagle3] [--lr 1e-4] [--train_bs 4]
+#       [--training_seq_len 2048] [--offline-data DIR] [--use_fsdp True] [--cp_size 2] [any option of main.py ...]
+#
+# Without a GPU the processes are CPU processes. PYTHON names the interpreter.
+set -euo pipefail
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+python="${PYTHON:-python}"
+model="" output_dir="" data=() num_gpu=1 num_epochs=1 mode=eagle3 lr=1e-4 train_bs=4 seq_len=2048 use_fsdp=False cp_size=1
+rest=()
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+while [[ $# -gt 0 ]]; do
+    name="$1"
+    if [[ "$name" == --*=* ]]; then
+        set -- "${name%%=*}" "${name#*=}" "${@:2}"
+        name="$1"
+    fi
+    case "$name" in
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --model | --output_dir | --data | --num_gpu | --num_epochs | --mode | --lr | --train_bs | --training_seq_len | \
+        --use_fsdp | --cp_size)
+        [[ $# -ge 2 ]] || fail "$name needs a value"
+        ;;
+    esac
+    case "$name" in
+    --model) model="$2"; shift 2 ;;
+    --output_dir) output_dir="$2"; shift 2 ;;
+    --data) data+=("$2"); shift 2 ;;
+    --num_gpu) num_gpu="$2"; shift 2 ;;
+    --num_epochs) num_epochs="$2"; shift 2 ;;
+    --mode) mode="$2"; shift 2 ;;
+    --lr) lr="$2"; shift 2 ;;
+    --train_bs) train_bs="$2"; shift 2 ;;
+    --training_seq_len) seq_len="$2"; shift 2 ;;
+    --use_fsdp) use_fsdp="$2"; shift 2 ;;
+    --cp_size) cp_size="$2"; shift 2 ;;
+    *) rest+=("$1"); shift ;;
+    esac
+done
+[[ -n "$model" ]] || fail "--model is missing; give the base's directory or hub id"
+[[ -n "$output_dir" ]] || fail "--output_dir is missing; give the directory to write to"
+[[ ${#data[@]} -gt 0 ]] || fail "--data is missing; give a file of conversations"
+
+launch=(-m accelerate.commands.launch --num_machines 1 --num_processes "$num_gpu")
+launch+=(--dynamo_backend no --mixed_precision no)
+training=(--report_to none --save_strategy epoch --logging_steps 10 --warmup_steps 0.03 --lr_scheduler_type cosine)
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    # accelerate starts several processes without GPUs through MPI alone.
+    launch=(-m torch.distributed.run --nproc_per_node "$num_gpu" --master_port "${MASTER_PORT:-29500}")
+    training+=(--use_cpu True --dataloader_pin_memory False --ddp_backend gloo)
+    [[ "$cp_size" == 1 && "$use_fsdp" != True ]] ||
+        fail "--use_fsdp True and --cp_size above 1 need GPUs, accelerate shards on them alone; leave them out"
+elif [[ "$num_gpu" != 1 ]]; then
+    launch+=(--multi_gpu)
+fi
+if [[ "$cp_size" != 1 || "$use_fsdp" == True ]]; then
+    launch+=(--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP)
+    launch+=(--fsdp_state_dict_type FULL_STATE_DICT)
+fi
+if [[ "$cp_size" != 1 ]]; then
+    launch+=(--use_parallelism_config --parallelism_config_cp_size "$cp_size")
+    launch+=(--parallelism_config_dp_shard_size "$((num_gpu / cp_size))")
+fi
+
+exec "$python" "${launch[@]}" "$here/main.py" \
+    --model_name_or_path "$model" --data_path "${data[@]}" --output_dir "$output_dir" --mode "$mode" \
+    --num_train_epochs "$num_epochs" --learning_rate "$lr" --per_device_train_batch_size "$train_bs" \
+    --training_seq_len "$seq_len" "${training[@]}" "${rest[@]}"

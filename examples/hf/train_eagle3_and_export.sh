@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# From a base model to a served EAGLE-3 draft in one line: train, validate, export.
+#
+#   bash examples/hf/train_eagle3_and_export.sh --base_model BASE [--num_gpu 1] [--data conversations.jsonl]
+#       [--output_dir eagle3_out] [--num_prompts 16] [--osl 128] [any option of launch_train.sh ...]
+#
+# Without --data the base answers the prompts in examples/data/ first: a draft learns from what its base would say.
+# OUTPUT_DIR/model is the trained model with its draft, OUTPUT_DIR/export what engines load. PYTHON names the interpreter.
+set -euo pipefail
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+python="${PYTHON:-python}"
+base_model="" num_gpu=1 data="" output_dir=eagle3_out num_prompts=16 osl=128
+rest=()
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+while [[ $# -gt 0 ]]; do
+    name="$1"
+    if [[ "$name" == --*=* ]]; then
+        set -- "${name%%=*}" "${name#*=}" "${@:2}"
+        name="$1"
+    fi
+    case "$name" in
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --base_model | --num_gpu | --data | --output_dir | --num_prompts | --osl)
+        [[ $# -ge 2 ]] || fail "$name needs a value"
+        ;;
+    esac
+    case "$name" in
+    --base_model) base_model="$2"; shift 2 ;;
+    --num_gpu) num_gpu="$2"; shift 2 ;;
+    --data) data="$2"; shift 2 ;;
+    --output_dir) output_dir="$2"; shift 2 ;;
+    --num_prompts) num_prompts="$2"; shift 2 ;;
+    --osl) osl="$2"; shift 2 ;;
+    *) rest+=("$1"); shift ;;
+    esac
+done
+[[ -n "$base_model" ]] || fail "--base_model is missing; give the base's directory or hub id"
+
+mkdir -p "$output_dir"
+if [[ -z "$data" ]]; then
+    data="$output_dir/conversations.jsonl"
+    "$python" -m mcore_spec.cli.main synthesize --model "$base_model" --prompts-path "$here/../data/prompts.jsonl" \
+        --output "$data"
+fi
+bash "$here/launch_train.sh" --model "$base_model" --output_dir "$output_dir/model" --data "$data" \
+    --num_gpu "$num_gpu" --mode eagle3 "${rest[@]}"
+"$python" "$here/ar_validate.py" --model_path "$output_dir/model" --num-prompts "$num_prompts" --osl "$osl" \
+    --output "$output_dir/validate.json"
+"$python" "$here/export_hf_checkpoint.py" --model_path "$output_dir/model" --export_path "$output_dir/export" --overwrite

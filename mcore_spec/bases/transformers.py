@@ -1,0 +1,316 @@
+"""A transformers causal language model as the base of a draft: its features, its embedding and its head.
+
+The base is frozen and runs forward only, without autograd. Its decoder is the model's own; its attention is ours for
+the time of a `features` call, so that documents of a batch lie behind each other in one row without padding, do not
+see each other, and may be cut over context-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+from mcore_spec.bases.features import Features
+from mcore_spec.bases.packed_attention import Window, packed_attention
+from mcore_spec.bases.transformers_config import describe_hf
+from mcore_spec.config import BaseArchitecture
+from mcore_spec.config.base import HF_FAMILIES
+from mcore_spec.drafts.draft import Draft
+from mcore_spec.errors import UnsupportedError
+from mcore_spec.layers.rotary import RotaryEmbedding
+from mcore_spec.parallel.documents import Documents
+from mcore_spec.parallel.layout import is_rank_zero
+from mcore_spec.parallel.tensor_parallel import TensorParallel
+
+# Under this name transformers finds our attention, while a base's features are computed.
+_ATTENTION = "mcore_spec_packed"
+_REMEDY = "drafts are attached to decoder-only language models (AutoModelForCausalLM)"
+
+
+class TransformersBase:
+    """A view of a transformers model as a base. Holds no state besides the model and what it is."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Look at the model.
+
+        Args:
+            model: a causal language model, not wrapped.
+
+        Raises:
+            UnsupportedError: a part that cannot be found, or a feature that a draft's layers could not follow.
+        """
+        self.model = model
+        self.tp = TensorParallel()
+        self.architecture = describe_model(model)
+        self.embedding = _module(model.get_input_embeddings(), "an input embedding", model)
+        self.head = _module(model.get_output_embeddings(), "an output head", model)
+        self.decoder = _module(None if model.base_model is model else model.base_model, "a decoder of its own", model)
+        self.layers = _find_layers(self.decoder, model, num_layers=self.architecture.num_layers)
+        self.final_norm = _find_final_norm(self.decoder, model, hidden_size=self.architecture.hidden_size)
+        self.rotary = RotaryEmbedding(self.architecture.rope, self.architecture.head_dim)
+        AttentionInterface.register(_ATTENTION, _packed_attention)
+
+    @property
+    def is_last_stage(self) -> bool:
+        """The whole model is one stage."""
+        return True
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes for all: each has the whole model."""
+        return is_rank_zero()
+
+    def draft(self) -> Draft | None:
+        """The attached draft, if there is one."""
+        drafts = [child for child in self.model.children() if isinstance(child, Draft)]
+        return drafts[0] if drafts else None
+
+    def freeze(self) -> None:
+        """No parameter of the base takes gradients."""
+        for child in self.model.children():
+            if not isinstance(child, Draft):
+                child.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head is, and with it the draft, its inputs and its loss.
+
+        Raises:
+            UnsupportedError: the head is offloaded.
+        """
+        device = cast(Tensor, self.head.weight).device
+        if device.type == "meta":
+            raise UnsupportedError(
+                f"the head of the {type(self.model).__name__} is offloaded; give it a device in device_map, where a "
+                "draft reads it"
+            )
+        return device
+
+    def head_weight(self) -> Tensor:
+        """The head, [vocabulary, h].
+
+        Raises:
+            UnsupportedError: a head that is sharded apart from the model, or offloaded.
+        """
+        # It is there already: the very weight, or the property's error.
+        weight = cast(Tensor, self.head.weight).to(self.device)
+        if isinstance(weight, DTensor):
+            raise UnsupportedError(
+                f"the head of the {type(self.model).__name__} is sharded: a draft reads it whole; keep it in the unit "
+                "of the model, or in one that is not sharded again behind its forward (accelerate's FSDP does)"
+            )
+        return weight
+
+    def embedding_weight(self) -> Tensor:
+        """The embedding, [vocabulary, h]."""
+        return cast(Tensor, self.embedding.weight)
+
+    @torch.no_grad()
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[b, s] -> frozen embeddings [s, b, h]. Through the module: it may have to gather its weight first."""
+        embedded: Tensor = self.embedding(token_ids.to(self.embedding_weight().device))
+        return embedded.transpose(0, 1).to(self.device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., h] -> [..., vocabulary]."""
+        return F.linear(hidden, self.head_weight())
+
+    def copy_embedding_to_last_stage(self) -> None:
+        """There is one stage, which has it."""
+
+    @torch.no_grad()
+    def head_rows(self, token_ids: Tensor, *, first: int, stop: int) -> Tensor:
+        """Rows of the head for ``token_ids[first:stop]``."""
+        return self.head_weight()[token_ids[first:stop].to(self.head_weight().device)]
+
+    @torch.no_grad()
+    def head_row_norm(self) -> float:
+        """Root mean square of the norms of the head's rows."""
+        total = torch.linalg.vector_norm(self.head_weight(), dtype=torch.float64).square()
+        return float((total / self.architecture.vocab_size).sqrt())
+
+    def final_norm_weight(self) -> Tensor:
+        """Weight of the final norm, [h]."""
+        return cast(Tensor, self.final_norm.weight).detach()
+
+    @torch.no_grad()
+    def last_layer_weights(self) -> dict[str, Tensor]:
+        """Weights of the last decoder layer under the names of a draft's layer, which are transformers'."""
+        weights = {name: weight.detach() for name, weight in self.layers[-1].named_parameters()}
+        fused = weights.pop("self_attn.qkv_proj.weight", None)
+        if fused is not None:
+            base = self.architecture
+            sizes = [heads * base.head_dim for heads in (base.num_attention_heads, *[base.num_key_value_heads] * 2)]
+            names = [f"self_attn.{name}_proj.weight" for name in "qkv"]
+            weights |= dict(zip(names, fused.split(sizes), strict=True))
+        fused = weights.pop("mlp.gate_up_proj.weight", None)
+        if fused is not None:
+            weights |= dict(zip(("mlp.gate_proj.weight", "mlp.up_proj.weight"), fused.chunk(2), strict=True))
+        return weights
+
+    @torch.no_grad()
+    def features(
+        self, token_ids: Tensor, *, aux_layer_ids: Sequence[int] = (), documents: Documents | None = None
+    ) -> Features:
+        """Run the base on one packed row; the head does not run.
+
+        Args:
+            token_ids: [1, s], the whole row.
+            aux_layer_ids: layers (0-based, by output) whose hidden states are wanted; sorted.
+            documents: bounds inside the row, and which of its rows this rank takes; ``None``: the row is one document.
+
+        Returns:
+            The features of this rank's rows.
+        """
+        assert token_ids.shape[0] == 1, "documents lie in one packed row"
+        documents = Documents((0, token_ids.shape[1])) if documents is None else documents
+        token_ids = token_ids.to(self.embedding_weight().device)
+        positions = documents.local_rows(token_ids.device).positions
+        with ExitStack() as stack:
+            stack.enter_context(_without_dropout(self.decoder))
+            stack.enter_context(_with_packed_attention(self.decoder))
+            if self.rotary.has_two_tables:
+                stack.enter_context(self._with_table_of_each_document(documents))
+            captured = stack.enter_context(capture_layer_outputs(self.layers, aux_layer_ids))
+            output = self.decoder(
+                input_ids=documents.take(token_ids, 1),
+                position_ids=positions[None],
+                use_cache=False,
+                packed_documents=documents,
+            )
+        last = output.last_hidden_state.transpose(0, 1).to(self.device)
+        if isinstance(self.model, FSDPModule):
+            # FSDP gathers weights in hooks around a module's forward. The head's is run, on no rows, so that its weight
+            # is there for the loss and the hooks of its unit find each module called.
+            self.head(last[:0])
+        aux = [hidden.transpose(0, 1).to(self.device) for hidden in captured]
+        return Features(aux=torch.cat(aux, dim=-1) if aux else None, last=last)
+
+    @contextmanager
+    def _with_table_of_each_document(self, documents: Documents) -> Iterator[None]:
+        """LongRoPE's table is chosen by each document's length, where transformers takes one for all rows."""
+        self.rotary.to(self.embedding_weight().device)
+
+        def angles(_rotary: nn.Module, inputs: tuple[Tensor, ...], _output: object) -> tuple[Tensor, Tensor]:
+            hidden = inputs[0]
+            _, positions, lengths = documents.local_rows(hidden.device)
+            cos, sin = self.rotary(positions, sequence_length=lengths, dtype=hidden.dtype)
+            return cos[None], sin[None]
+
+        handle = self.decoder.get_submodule("rotary_emb").register_forward_hook(angles)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def describe_model(model: PreTrainedModel) -> BaseArchitecture:
+    """Our description of a live model.
+
+    Raises:
+        UnsupportedError: an architecture or a feature that is not represented.
+    """
+    # Wrappers such as FSDP make classes of their own, which derive from the model's.
+    names = [kind.__name__ for kind in type(model).__mro__]
+    known = [name for name in names if name in HF_FAMILIES] or names
+    head = model.get_output_embeddings()
+    dtype = model.dtype if head is None else cast(Tensor, head.weight).dtype
+    raw = {**model.config.to_dict(), "architectures": known[:1], "dtype": str(dtype).removeprefix("torch.")}
+    return describe_hf(raw, where=f"the {names[0]}")
+
+
+def _module(found: nn.Module | None, what: str, model: nn.Module) -> nn.Module:
+    if found is None:
+        raise UnsupportedError(f"{type(model).__name__} has no {what.split(' ', 1)[1]}: {_REMEDY}")
+    return found
+
+
+def _find_layers(decoder: nn.Module, model: nn.Module, *, num_layers: int) -> nn.ModuleList:
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers]
+    if len(lists) != 1:
+        raise UnsupportedError(
+            f"{type(model).__name__}: {len(lists)} lists of num_hidden_layers = {num_layers} layers in its "
+            f"{type(decoder).__name__}, where one is looked for; {_REMEDY}"
+        )
+    return lists[0]
+
+
+def _find_final_norm(decoder: nn.Module, model: nn.Module, *, hidden_size: int) -> nn.Module:
+    norms = [
+        child
+        for child in decoder.children()
+        if [(name, tuple(weight.shape)) for name, weight in child.named_parameters()] == [("weight", (hidden_size,))]
+    ]
+    if len(norms) != 1:
+        raise UnsupportedError(
+            f"{type(model).__name__}: {len(norms)} norms behind the layers of its {type(decoder).__name__}, where one "
+            f"with a weight of hidden_size = {hidden_size} is looked for; {_REMEDY}"
+        )
+    return norms[0]
+
+
+@contextmanager
+def capture_layer_outputs(layers: nn.ModuleList, layer_ids: Sequence[int]) -> Iterator[list[Tensor]]:
+    """Outputs of the layers `layer_ids`, appended in layer order during the block; no others are kept."""
+    captured: list[Tensor] = []
+
+    def keep(_layer: nn.Module, _inputs: object, output: Tensor) -> None:
+        captured.append(output)
+
+    handles = [layers[layer].register_forward_hook(keep) for layer in sorted(set(layer_ids))]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _without_dropout(decoder: nn.Module) -> Iterator[None]:
+    """A teacher has no dropout, and nothing to compute again in backward."""
+    trained = [module for module in decoder.modules() if module.training]
+    for module in trained:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+
+
+@contextmanager
+def _with_packed_attention(decoder: nn.Module) -> Iterator[None]:
+    config: Any = decoder.config
+    before = config._attn_implementation
+    config._attn_implementation = _ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _packed_attention(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: object,
+    *,
+    packed_documents: Documents,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_unused: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [1, heads, rows, d] -> [1, rows, heads, d], and no weights."""
+    # Under autocast rotated queries and keys are wider than values.
+    query, key, value = (x.permute(2, 0, 1, 3).to(value.dtype) for x in (query, key, value))
+    mixed = packed_attention(query, key, value, packed_documents, Window(sliding_window, scaling))
+    return mixed.transpose(0, 1), None

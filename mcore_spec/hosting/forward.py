@@ -1,0 +1,253 @@
+"""The forward of a transformers model with a draft: with labels the draft's loss, without them the model's own.
+
+The draft's loss is a sum over rows divided by a number of rows: Trainer's ``num_items_in_batch``, which covers all
+micro-batches and ranks of a step, or this batch's own counted rows. So one token has one weight, whatever the
+accumulation, the padding and the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import Parameter, Signature, signature
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from mcore_spec.bases.features import Features
+from mcore_spec.bases.transformers import TransformersBase
+from mcore_spec.data.batch import Batch, make_batch
+from mcore_spec.data.noise import draw_noise_key
+from mcore_spec.data.seeds import RandomUse, random_state
+from mcore_spec.errors import ConfigError
+from mcore_spec.hosting.context import context_group
+from mcore_spec.hosting.rows import NO_LABEL, TokenBatch, TokenRows, join_shards, read_rows
+from mcore_spec.losses.outcome import LossOutput
+from mcore_spec.objectives.objective import Task
+from mcore_spec.parallel.collectives import Group, group_size
+from mcore_spec.parallel.documents import Documents
+
+# What Trainer counts, and what it counts in: see `DraftedForward`.
+_COUNTS = ("num_items_in_batch", "shift_labels")
+# Options of a plain forward that change nothing about the draft's loss.
+_WITHOUT_EFFECT = frozenset({"use_cache", "return_dict", "shift_labels"})
+_TOKENS = ("input_ids", "labels", "attention_mask", "position_ids")
+_SEED_BITS = 62
+
+
+@dataclass
+class DraftedOutput(ModelOutput):
+    """What the forward with labels returns.
+
+    Attributes:
+        loss: the draft's, a scalar that carries the gradient.
+        accuracy: share of the counted rows whose draft token is the base's, by step or head, [K].
+        acceptance_length: simulated: 1 + the mean number of draft tokens accepted in a row, a scalar.
+        lm_loss: the base's own loss on the labels; ``None`` while the model is in training mode.
+        logits: the base's, [b, s, vocabulary], 0 in padding; ``None`` while the model is in training mode.
+    """
+
+    loss: Tensor | None = None
+    accuracy: Tensor | None = None
+    acceptance_length: Tensor | None = None
+    lm_loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class _Judged(NamedTuple):
+    """Over all context-parallel ranks: counted rows by step, those of them that are right, and accepted tokens."""
+
+    rows: Tensor
+    correct: Tensor
+    accepted: Tensor
+
+
+class DraftedForward:
+    """Stands in the place of the model's ``forward``; copies and is pickled with the model."""
+
+    def __init__(self, base: TransformersBase, make_task: Callable[[], Task]) -> None:
+        """Take the place.
+
+        Args:
+            base: with its draft attached.
+            make_task: what training takes; raises where training of this draft is not built.
+        """
+        self.base, self.make_task = base, make_task
+        self.original: Callable[..., Any] = base.model.forward
+
+    @property
+    def __signature__(self) -> Signature:
+        """The original's, and what Trainer hands over besides: it looks here for columns to keep."""
+        parameters = list(signature(self.original).parameters.values())
+        rest = [parameter for parameter in parameters if parameter.kind is Parameter.VAR_KEYWORD]
+        own = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in _COUNTS]
+        return Signature([*parameters[: len(parameters) - len(rest)], *own, *rest])
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """The original's arguments.
+
+        With `labels`, in training and in evaluation, the draft's loss on them. `num_items_in_batch` is what the sum
+        over rows is divided by, on every rank; `shift_labels`, which a collator may add, is there for Trainer to
+        count in.
+
+        Returns:
+            A `DraftedOutput` with labels (a tuple of what is set where ``return_dict=False``), and what the original
+            returns without.
+
+        Raises:
+            ConfigError: a training step without labels, or a batch that is not understood.
+            UnsupportedError: a draft whose training is not built.
+        """
+        call = _flat(self.__signature__, args, options)
+        if call.get("labels") is None:
+            if self.base.model.training and torch.is_grad_enabled():
+                raise ConfigError(
+                    "labels are missing in a training step: a draft learns from them; give the tokens, with -100 where "
+                    "nothing is learned"
+                )
+            for name in _COUNTS:
+                call.pop(name, None)
+            return self.original(**call)
+        output = self._run(call)
+        return output if call.get("return_dict") is not False else output.to_tuple()
+
+    def _run(self, call: dict[str, Any]) -> DraftedOutput:
+        divisor = _number(call.pop("num_items_in_batch", None))
+        batch = _token_batch(call)
+        group = context_group()
+        rows = self._rows(join_shards(batch, group))
+        task, draft = self.make_task(), self.base.draft()
+        assert draft is not None, "the forward is installed with the draft"
+        packed = self._pack(rows, task, group).to(self.base.device)
+        documents = Documents(packed.bounds, lengths=packed.lengths, group=group)
+        features = self.base.features(packed.token_ids[None], aux_layer_ids=task.aux_layer_ids, documents=documents)
+        # The draft computes in the dtype of its weights; autocast, where it is on, is the base's.
+        features = _cast(features, self.base.head_weight().dtype)
+        recompute = self.base.model.is_activation_checkpointing and torch.is_grad_enabled()
+        with torch.autocast(features.last.device.type, enabled=False):
+            objective = task.make_objective(self.base, draft, recompute=recompute)
+            outcome = objective(packed, documents, features)
+        judged = _judge(outcome, group)
+        counted = judged.rows.clamp(min=1)
+        # A rank's loss is its share times the ranks: gradients, and Trainer's report, are means over them.
+        loss = outcome.loss * group_size(group) / counted[0] if divisor is None else outcome.loss / divisor
+        output = DraftedOutput(
+            loss=loss,
+            accuracy=judged.correct / counted,
+            acceptance_length=1 + judged.accepted / counted[0],
+        )
+        if not self.base.model.training and group_size(group) == 1:
+            output.logits = self._logits(features.last[:, 0], rows, batch)
+            output.lm_loss = self._lm_loss(output.logits, rows, batch)
+        return output
+
+    def _rows(self, batch: TokenBatch) -> TokenRows:
+        config = self.base.model.config
+        pad, end = config.pad_token_id, config.eos_token_id
+        ends = frozenset(end if isinstance(end, list | tuple) else [] if end is None else [end])
+        return read_rows(batch, pad_token_id=pad, end_token_ids=ends)
+
+    def _pack(self, rows: TokenRows, task: Task, group: Group) -> Batch:
+        """One row of documents; what is drawn comes from torch's generator, whose state Trainer's checkpoints keep."""
+        documents, size = rows.documents, group_size(group)
+        draws = self.base.model.training and torch.is_grad_enabled()
+        mixing = noise_keys = None
+        if draws and (task.mixes_hidden_states or task.draws_noise):
+            seed = _draw_seed(group)
+            numbers = range(len(documents))
+            if task.mixes_hidden_states:
+                mixing = [random_state(seed, RandomUse.MIXING, number) for number in numbers]
+            if task.draws_noise:
+                noise_keys = [draw_noise_key(random_state(seed, RandomUse.NOISE, number)) for number in numbers]
+        return make_batch(
+            documents,
+            num_steps=task.num_steps,
+            document_multiple=1 if size == 1 else 2 * size,
+            row_multiple=size,
+            num_samples=len(documents),
+            mixing=mixing,
+            noise_keys=noise_keys,
+        )
+
+    @torch.no_grad()
+    def _logits(self, last: Tensor, rows: TokenRows, batch: TokenBatch) -> Tensor:
+        """[tokens, h] -> [b, s, vocabulary], as the model's own forward gives them."""
+        logits = self.base.logits(last)
+        flat = logits.new_zeros(batch.input_ids.numel(), logits.shape[-1])
+        flat[torch.from_numpy(rows.places).to(logits.device)] = logits
+        return flat.unflatten(0, batch.input_ids.shape)
+
+    @torch.no_grad()
+    def _lm_loss(self, logits: Tensor, rows: TokenRows, batch: TokenBatch) -> Tensor:
+        """The model's own loss function; nothing predicts the first token of a document."""
+        labels = batch.labels.to(logits.device, copy=True)
+        labels.view(-1)[torch.from_numpy(rows.first_places).to(logits.device)] = NO_LABEL
+        loss: Tensor = self.base.model.loss_function(
+            logits=logits, labels=labels, vocab_size=self.base.architecture.vocab_size
+        )
+        return loss
+
+
+def _flat(of: Signature, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Every argument by name."""
+    call: dict[str, Any] = dict(of.bind(*args, **options).arguments)
+    for name, parameter in of.parameters.items():
+        if parameter.kind is Parameter.VAR_KEYWORD:
+            call.update(call.pop(name, {}))
+    return call
+
+
+def _token_batch(call: dict[str, Any]) -> TokenBatch:
+    """The tokens of a call.
+
+    Raises:
+        ConfigError: no token ids, a mask of more than two dimensions, or an option that has no effect here.
+    """
+    ignored = [name for name, value in call.items() if name not in (*_TOKENS, *_WITHOUT_EFFECT) and _is_set(value)]
+    if call.get("input_ids") is None or ignored:
+        what = f"{', '.join(ignored)} given beside labels" if ignored else "labels without input_ids"
+        raise ConfigError(
+            f"{what}: the draft's loss takes input_ids, labels, attention_mask [batch, sequence] and position_ids"
+        )
+    tokens: dict[str, Any] = {name: call.get(name) for name in _TOKENS}
+    return TokenBatch(**tokens)
+
+
+def _is_set(value: object) -> bool:
+    """Whether an option differs from being left out."""
+    return isinstance(value, Tensor) or (value is not None and value is not False and value != 0)
+
+
+def _number(value: Tensor | float | None) -> float | Tensor | None:
+    """Trainer counts nothing where no label is set."""
+    if value is None:
+        return None
+    return value.clamp(min=1) if isinstance(value, Tensor) else max(value, 1)
+
+
+def _cast(features: Features, dtype: torch.dtype) -> Features:
+    aux = None if features.aux is None else features.aux.to(dtype)
+    return Features(aux=aux, last=features.last.to(dtype))
+
+
+def _draw_seed(group: Group) -> int:
+    """The same on every rank that shares the rows."""
+    seed = torch.randint(2**_SEED_BITS, (1,))
+    if group is not None and group_size(group) > 1:
+        values: list[Any] = [int(seed)]
+        dist.broadcast_object_list(values, src=dist.get_global_rank(group, 0), group=group)
+        return int(values[0])
+    return int(seed)
+
+
+def _judge(outcome: LossOutput, group: Group) -> _Judged:
+    """Counts over the ranks that share the rows."""
+    values = torch.cat((outcome.judged_by_step, outcome.correct_by_step, outcome.accepted.reshape(1)))
+    if group_size(group) > 1:
+        dist.all_reduce(values, group=group)
+    num_steps = outcome.judged_by_step.shape[0]
+    rows, correct, accepted = values.split((num_steps, num_steps, 1))
+    return _Judged(rows, correct, accepted[0])

@@ -1,0 +1,97 @@
+"""``save_pretrained`` and ``from_pretrained`` of models with drafts.
+
+``save_pretrained`` needs nothing: the draft is a child of the model, and the configuration says how it was attached.
+``from_pretrained`` builds the model that the configuration names, which has no draft; once
+`enable_huggingface_checkpointing` was called, it then attaches the recorded one and reads it from the same files. No
+code is taken from the directory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from mcore_spec.config import ALGORITHMS
+from mcore_spec.conversion import conversion_of, find_algorithm
+from mcore_spec.errors import ConfigError
+from mcore_spec.export.modules import conversion_in
+from mcore_spec.export.reader import attach_exported
+from mcore_spec.weights.hf_config import locate
+
+# Options of from_pretrained that say which files are meant.
+_REVISION, _SUBFOLDER = "revision", "subfolder"
+
+
+def enable_huggingface_checkpointing() -> None:
+    """Let ``from_pretrained`` restore drafts, of every class of transformers, until the process ends.
+
+    It may be called again. A directory without a draft is read as before.
+    """
+    current: Any = PreTrainedModel.__dict__["from_pretrained"]
+    if isinstance(current, _RestoringDrafts):
+        return
+    PreTrainedModel.from_pretrained = _RestoringDrafts(current)  # type: ignore[method-assign, assignment]
+
+
+class _RestoringDrafts:
+    """``PreTrainedModel.from_pretrained``, and after it the draft."""
+
+    def __init__(self, original: Any) -> None:
+        """Take the place of the class method `original`."""
+        self.original = original
+
+    def __get__(self, _instance: object, owner: type[PreTrainedModel]) -> Any:
+        """Bound to the class that is loaded."""
+        load = self.original.__get__(None, owner)
+
+        @functools.wraps(load)
+        def from_pretrained(name: Any, *args: Any, **options: Any) -> Any:
+            with _ignoring_drafts(owner):
+                loaded = load(name, *args, **options)
+            model = loaded[0] if options.get("output_loading_info") else loaded
+            _restore_draft(model, name, options)
+            return loaded
+
+        return from_pretrained
+
+
+@contextmanager
+def _ignoring_drafts(owner: type[PreTrainedModel]) -> Iterator[None]:
+    """A draft's tensors are none that transformers would report as unexpected."""
+    before = owner.__dict__.get("_keys_to_ignore_on_load_unexpected")
+    patterns = [rf"^{find_algorithm(name).child_name}\." for name in ALGORITHMS]
+    owner._keys_to_ignore_on_load_unexpected = [*(owner._keys_to_ignore_on_load_unexpected or []), *patterns]
+    try:
+        yield
+    finally:
+        if before is None and "_keys_to_ignore_on_load_unexpected" in owner.__dict__:
+            del owner._keys_to_ignore_on_load_unexpected
+        else:
+            owner._keys_to_ignore_on_load_unexpected = before
+
+
+def _restore_draft(model: PreTrainedModel, name: Any, options: dict[str, Any]) -> None:
+    """Attach and fill the draft that the model's configuration records, if it does.
+
+    Raises:
+        CheckpointError: its tensors are not in the files, or not as the record says.
+    """
+    is_drafted = conversion_in(vars(model.config), where=str(name)) is not None
+    # A model without a head (AutoModel) is a part of one that carries the draft.
+    if is_drafted and conversion_of(model) is None and model.get_output_embeddings() is not None:
+        attach_exported(model, _directory(name, options))
+
+
+def _directory(name: Any, options: dict[str, Any]) -> Path:
+    """Where the files are."""
+    if not Path(name).is_dir() and options.get(_REVISION) not in (None, "main"):
+        raise ConfigError(
+            f"revision = {options[_REVISION]!r} of {name}: drafts are read from the main revision of a hub repository; "
+            "download that revision, and give its directory"
+        )
+    return locate(str(name)) / options.get(_SUBFOLDER, "")

@@ -1,0 +1,92 @@
+"""`mcore_spec.save`, `restore` and `export_speculative_decoding`: a draft by itself, from and to a model of either
+library.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from mcore_spec.bases.megatron import MegatronBase
+from mcore_spec.checkpoint import store
+from mcore_spec.checkpoint.record import CheckpointRecord
+from mcore_spec.checkpoint.store import Checkpoint
+from mcore_spec.conversion import as_base
+from mcore_spec.errors import CheckpointError, ConfigError
+from mcore_spec.export.draft import export_draft, write_planned
+from mcore_spec.export.modules import plan_modules
+from mcore_spec.export.plan import ExportFormat
+from mcore_spec.export.reader import attach_exported
+from mcore_spec.huggingface.record import describe_drafted
+
+
+def save(
+    model: nn.Module, directory: Path | str, *, record: CheckpointRecord | None = None, overwrite: bool = True
+) -> None:
+    """Write the draft of `model` and how it was attached; the base is not written. All ranks take part.
+
+    Args:
+        model: with a draft; a transformers model, or this rank's part of a `GPTModel`.
+        directory: where to write; what `save` or an export wrote there before is replaced once all is written.
+        record: of a `GPTModel` (`make_record`).
+        overwrite: whether it may be.
+
+    Raises:
+        ConfigError: no draft, a sharded model, or a directory that is in the way.
+    """
+    described = describe_drafted(model, record)
+    draft = as_base(model).draft()
+    plan = None if draft is None else plan_modules(draft, described)
+    write_planned(model, described, plan, directory, overwrite=overwrite)
+
+
+def restore(model: nn.Module, source: Checkpoint | Path | str) -> None:
+    """Attach a draft to its bare base as it was attached before, and load it; in place. All ranks take part.
+
+    Args:
+        model: the base; a transformers model, or this rank's part of a `GPTModel`.
+        source: a directory that `save`, an export or ``save_pretrained`` wrote, from either library; for a `GPTModel`
+            also a `Checkpoint`, with which base and draft are loaded.
+
+    Raises:
+        CheckpointError: no draft there, one of another base, or damaged files.
+        ConfigError: the model has a draft already.
+    """
+    if not isinstance(source, Checkpoint):
+        if not Path(source).is_dir():
+            raise CheckpointError(f"{source} is no directory; give one that mcore_spec.save or an export wrote")
+        attach_exported(model, Path(source))
+        return
+    base = as_base(model)
+    if not isinstance(base, MegatronBase):
+        raise ConfigError(
+            f"a {type(model).__name__} takes no Megatron-core checkpoint ({source.path}); give the directory that "
+            "mcore_spec.save or export wrote of it"
+        )
+    store.restore(base.model, source)
+
+
+def export_speculative_decoding(
+    model: nn.Module,
+    *,
+    export_dir: Path | str,
+    record: CheckpointRecord | None = None,
+    export_format: ExportFormat = "hf",
+    overwrite: bool = False,
+) -> None:
+    """Write the draft of `model` as a directory for inference engines; all ranks take part.
+
+    Args:
+        model: with a draft; a transformers model, or this rank's part of a `GPTModel`.
+        export_dir: where to write.
+        record: of a `GPTModel` (`make_record`).
+        export_format: engines' Hugging Face form, or `speculators`'.
+        overwrite: replace an earlier export.
+
+    Raises:
+        ConfigError: no draft, a sharded model, or a directory that is in the way.
+        UnsupportedError: a draft that would not serve.
+    """
+    described = describe_drafted(model, record)
+    export_draft(model, described, export_dir, export_format=export_format, overwrite=overwrite)

@@ -1,0 +1,71 @@
+"""What a live transformers model with a draft is, for files that are written of it."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from mcore_spec.bases.megatron import MegatronBase
+from mcore_spec.bases.transformers import TransformersBase
+from mcore_spec.checkpoint.record import CheckpointRecord, ConversionRecord
+from mcore_spec.config import BaseIdentity
+from mcore_spec.conversion import as_base, conversion_of
+from mcore_spec.drafts.draft import Draft
+from mcore_spec.errors import ConfigError
+from mcore_spec.hosting.key import CONFIG_KEY
+from mcore_spec.weights.safetensors_io import fingerprint_of
+
+_RECORDED_PACKAGES = ("mcore-spec", "torch", "transformers", "safetensors")
+
+
+def describe_drafted(model: nn.Module, given: CheckpointRecord | None) -> CheckpointRecord:
+    """Base, its identity and the conversion.
+
+    Args:
+        model: with a draft.
+        given: of a `GPTModel`, which does not know where its weights came from (`make_record`).
+
+    Raises:
+        ConfigError: no draft, a sharded model, or a record that is missing or not wanted.
+    """
+    conversion = conversion_of(model)
+    if conversion is None:
+        raise ConfigError(f"the {type(model).__name__} has no draft; attach one first (mcore_spec.convert)")
+    base = as_base(model)
+    if isinstance(base, MegatronBase) != (given is not None):
+        remedy = "give record = make_record(model, identity)" if given is None else "leave it out"
+        raise ConfigError(f"record = {given!r:.40} with a {type(model).__name__}; {remedy}")
+    if given is not None:
+        return given
+    assert isinstance(base, TransformersBase)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ConfigError(
+            "the model is sharded over ranks; save it with trainer.save_model(DIRECTORY), and load that to go on"
+        )
+    return CheckpointRecord(
+        base=base.architecture,
+        identity=_identity(base),
+        conversion=ConversionRecord(algorithm=conversion.algorithm, config=conversion.config.model_dump(mode="json")),
+        packages={name: metadata.version(name) for name in _RECORDED_PACKAGES},
+    )
+
+
+def _identity(base: TransformersBase) -> BaseIdentity:
+    """The fingerprint is that of the files that transformers would write: a tied head is not among them."""
+    config: dict[str, Any] = json.loads(base.model.config.to_json_string())
+    known = config.pop(CONFIG_KEY)
+    config["architectures"] = config.get("architectures") or [type(base.model).__name__]
+    drafts = tuple(f"{name}." for name, child in base.model.named_children() if isinstance(child, Draft))
+    is_tied = base.embedding_weight() is base.head_weight()
+    skipped = [name for name, module in base.model.named_modules() if is_tied and module is base.head]
+    weights = {
+        name: tensor
+        for name, tensor in base.model.state_dict(keep_vars=True).items()
+        if not name.startswith(drafts) and name.rpartition(".")[0] not in skipped
+    }
+    source = known["base"] or "an unnamed model"
+    return BaseIdentity(source=source, fingerprint=fingerprint_of(weights), hf_config=config)

@@ -1,0 +1,127 @@
+"""examples/hf as a user runs it: the one-line script, resume, the draft vocabulary, and what users get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcore_spec.weights.safetensors_io import WeightDirectory
+from tests.e2e.conftest import make_chat_base, subprocess_environment
+
+pytestmark = pytest.mark.e2e
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = REPOSITORY / "examples" / "hf"
+# Of the demo model's tokenizer.
+VOCAB_SIZE = 49152
+TIMEOUT_S = 280
+
+
+@pytest.fixture(scope="module")
+def base(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random base with a real tokenizer and chat template."""
+    return make_chat_base(tmp_path_factory.mktemp("hf") / "base", demo_base=demo_base, vocab_size=VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def conversations(base: Path) -> Path:
+    file = base.parent / "conversations.jsonl"
+    lines = [
+        [{"role": "user", "content": f"Say {word}."}, {"role": "assistant", "content": f"{word}, gladly."}]
+        for word in ("hello", "goodbye", "thanks", "sorry")
+    ]
+    file.write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
+    return file
+
+
+def start(words: Sequence[object]) -> subprocess.CompletedProcess[str]:
+    # accelerate tells the processes that it starts by these.
+    kept = {name: value for name, value in subprocess_environment().items() if not name.startswith("ACCELERATE_")}
+    environment = {**kept, "PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        [str(word) for word in words], env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+
+def test_the_one_line_script(base: Path, conversations: Path, tmp_path: Path) -> None:
+    words = [
+        *("bash", SCRIPTS / "train_eagle3_and_export.sh", "--base_model", base, "--num_gpu", 1),
+        *("--data", conversations, "--output_dir", tmp_path / "out", "--num_epochs", 1, "--train_bs", 2),
+        *("--training_seq_len", 64, "--num_prompts", 2, "--osl", 4, "--logging_steps", 1),
+    ]
+    done = start(words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "out"
+    validated = json.loads((out / "validate.json").read_text())
+    assert validated["lossless"] and validated["acceptance_length"] >= 1
+    config = json.loads((out / "export" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    record = json.loads((out / "export" / "mcore_spec_export.json").read_text())
+    assert record["identity"]["fingerprint"] == WeightDirectory(base).fingerprint()
+    assert record["identity"]["source"] == str(base)
+    with WeightDirectory(out / "export") as exported, WeightDirectory(out / "model", below="eagle_module.") as trained:
+        assert torch.equal(exported.read("fc.weight"), trained.read("fc.weight"))
+    state = json.loads((out / "model" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 and "accuracy_0" in state["log_history"][0]
+    assert "tokenizer.json" in os.listdir(out / "model")
+
+
+def test_a_draft_vocabulary_and_two_processes(base: Path, conversations: Path, tmp_path: Path) -> None:
+    words = [
+        *(sys.executable, SCRIPTS / "calibrate_draft_vocab.py", "--model", base, "--data", conversations),
+        *("--draft_vocab_size", 50, "--save_dir", tmp_path / "vocab"),
+    ]
+    done = start(words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (tmp_path / "eagle.json").write_text(json.dumps({"eagle_ttt_steps": 2}))
+    words = [
+        *("bash", SCRIPTS / "launch_train.sh", "--model", base, "--output_dir", tmp_path / "out", "--num_gpu", 2),
+        *("--data", conversations, "--num_epochs", 1, "--train_bs", 1, "--training_seq_len", 64),
+        *("--eagle_config", tmp_path / "eagle.json", "--draft_vocab_cache", tmp_path / "vocab" / "d2t.pt"),
+    ]
+    done = start(words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with WeightDirectory(tmp_path / "out", below="eagle_module.") as trained:
+        assert trained.tensors["lm_head.weight"].shape == (50, 32)
+        assert torch.equal(trained.read("d2t"), torch.load(tmp_path / "vocab" / "d2t.pt"))
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["mcore_spec"]["config"]["eagle_ttt_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--offline-data", "states"], "--offline-data states: training from stored hidden states is not built yet"),
+        (["--eagle_config", "nowhere.json"], "--eagle_config = nowhere.json: no such file"),
+        (["--eval_strategy", "epoch"], "--eval_strategy and --eval_data_path need each other"),
+    ],
+)
+def test_bad_input(base: Path, conversations: Path, tmp_path: Path, extra: list[str], message: str) -> None:
+    words = [sys.executable, SCRIPTS / "main.py", "--model_name_or_path", base, "--data_path", conversations]
+    done = start([*words, "--output_dir", tmp_path / "out", "--use_cpu", "True", *extra])
+    assert done.returncode == 2 and message in done.stderr, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_launch_without_its_flags() -> None:
+    for script, flag in (("launch_train.sh", "--model"), ("train_eagle3_and_export.sh", "--base_model")):
+        done = start(["bash", SCRIPTS / script])
+        assert done.returncode == 2 and f"error: {flag} is missing" in done.stderr
+        assert "num_gpu" in start(["bash", SCRIPTS / script, "--help"]).stdout
+
+
+def test_a_directory_without_a_draft_is_told(base: Path, tmp_path: Path) -> None:
+    words = [sys.executable, SCRIPTS / "export_hf_checkpoint.py", "--model_path"]
+    done = start([*words, base, "--export_path", tmp_path / "export"])
+    assert done.returncode == 2 and "has no draft; attach one first" in done.stderr
+    done = start([*words, tmp_path / "nowhere", "--export_path", tmp_path / "export"])
+    assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -1,0 +1,65 @@
+"""A drafted transformers model on two ranks equals one: DDP, FSDP2 as accelerate shards, and context parallelism."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mcore_spec.config import eagle_preset
+from mcore_spec.conversion import Mode
+from tests.pool import RankPool
+from tests.tiny import write_hf_model
+
+pytestmark = pytest.mark.parallel
+
+# float64; sums in another order.
+TOLERANCE = 1e-10
+CASES: dict[str, tuple[Mode, str, bool]] = {
+    "eagle3, reduced vocabulary": (eagle_preset("eagle3"), "llama", True),
+    "eagle3, whole vocabulary, tied head": (eagle_preset("eagle3"), "llama tied", False),
+    "eagle1": (eagle_preset("eagle1"), "qwen3", False),
+    "medusa": ("medusa", "llama", False),
+}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    return {
+        name: write_hf_model(root / name.replace(" ", "_"), name.split()[0], tied="tied" in name)
+        for name in ("llama", "llama tied", "qwen3")
+    }
+
+
+def run(rank_pool: RankPool, directories: dict[str, Path], case: str, layout: str, world_size: int) -> list[Any]:
+    mode, base, has_d2t = CASES[case]
+    return rank_pool.run(
+        "tests.parallel.hf_cases:train",
+        world_size=world_size,
+        directory=directories[base],
+        mode=mode,
+        layout=layout,
+        has_d2t=has_d2t,
+    )
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, rank_pool: RankPool, directories: dict[str, Path]) -> tuple[str, Any]:
+    (single,) = run(rank_pool, directories, request.param, "single", 1)
+    return request.param, single
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "cp"])
+def test_two_ranks_equal_one(
+    layout: str, case: tuple[str, Any], rank_pool: RankPool, directories: dict[str, Path]
+) -> None:
+    name, single = case
+    assert single["losses"][1] < single["losses"][0]
+    for found in run(rank_pool, directories, name, layout, 2):
+        assert found["losses"] == pytest.approx(single["losses"], abs=TOLERANCE)
+        assert found["state"].keys() == single["state"].keys()
+        for key, value in single["state"].items():
+            difference = float((found["state"][key] - value).abs().max())
+            assert difference <= TOLERANCE, f"{key} differs by {difference:.1e}"

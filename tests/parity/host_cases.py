@@ -1,0 +1,70 @@
+"""What a rank does for `test_transformers_host.py` and `test_huggingface_handover.py`: the Megatron host's side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mcore_spec import BaseIdentity, make_record, restore, save
+from mcore_spec.bases.megatron import MegatronBase
+from mcore_spec.conversion import Mode, convert
+from mcore_spec.data.batch import make_batch
+from mcore_spec.data.document import Document
+from mcore_spec.losses.outcome import LossOutput
+from mcore_spec.parallel.layout import Layout, parallel_runtime
+from mcore_spec.training.step import DraftStep
+from tests.tiny import import_base
+
+
+class HostRun(NamedTuple):
+    """What a step gives, and the weights that the draft started with."""
+
+    outcome: LossOutput
+    gradients: dict[str, Tensor]
+    initial: dict[str, Tensor]
+
+
+class HostCase(NamedTuple):
+    """One draft on one base."""
+
+    directory: Path
+    mode: Mode
+    d2t: Tensor | None
+    weights: dict[str, Tensor]
+    documents: list[Document]
+
+
+def megatron_steps(*, cases: dict[str, HostCase]) -> dict[str, HostRun]:
+    """One step of each."""
+    with parallel_runtime(Layout()):
+        return {name: _step(case) for name, case in cases.items()}
+
+
+def _step(case: HostCase) -> HostRun:
+    model = import_base(case.directory, Layout()).model
+    convert(model, case.mode, d2t=case.d2t)
+    draft: Any = MegatronBase(model).draft()
+    initial = {name: value.clone() for name, value in draft.state_dict().items()}
+    draft.load_state_dict(case.weights)
+    step = DraftStep(model)
+    outcome = step(make_batch(case.documents, num_steps=step.num_steps, num_samples=len(case.documents)))
+    assert outcome is not None
+    outcome.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in draft.named_parameters()}
+    return HostRun(LossOutput(*(None if x is None else x.detach() for x in outcome)), gradients, initial)
+
+
+def hand_over(*, base: Path, source: Path, destination: Path) -> None:
+    """Restore a draft on two tensor-parallel ranks, add one to every weight, save it."""
+    with parallel_runtime(Layout(tensor=2)):
+        imported = import_base(base, Layout(tensor=2))
+        restore(imported.model, source)
+        draft: Any = MegatronBase(imported.model).draft()
+        with torch.no_grad():
+            for parameter in draft.parameters():
+                parameter.add_(1)
+        identity = BaseIdentity(source=str(base), fingerprint="tiny", hf_config=imported.raw_config)
+        save(imported.model, destination, record=make_record(imported.model, identity))
