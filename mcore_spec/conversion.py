@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ from mcore_spec.drafts.vocab_map import check_draft_to_target
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.objectives.objective import MakeTask, Task
 from mcore_spec.parallel.tensor_parallel import Placement
+
+if TYPE_CHECKING:
+    from mcore_spec.bases.transformers import TransformersBase
 
 # The ways to name a mode: "medusa"; [("eagle", {...})]; a preset, {"algorithm": "eagle", "config": {...}}, or the
 # configuration in it alone.
@@ -169,7 +174,7 @@ def convert(
     the model must call.
 
     Args:
-        model: a megatron-core `GPTModel`, this rank's part.
+        model: a megatron-core `GPTModel`, this rank's part, or a transformers causal language model.
         mode: ``"medusa"``, a preset such as `EAGLE3_DEFAULT_CFG` or its ``"config"``, or ``[("eagle", {...})]``.
         d2t: draft vocabulary, int64 [draft vocabulary] with target id = i + d2t[i]; needed where the draft
             vocabulary is smaller than the base's.
@@ -185,7 +190,7 @@ def convert(
         UnsupportedError: a model or a combination that cannot be converted.
     """
     name, config = parse_mode(mode)
-    base = _as_base(model)
+    base = as_base(model)
     if d2t is not None:
         d2t = check_draft_to_target(d2t, vocab_size=base.architecture.vocab_size, where="d2t")
     config = find_algorithm(name).resolve(config, base.architecture, d2t)
@@ -197,7 +202,7 @@ def convert(
     return model
 
 
-def attach(base: Base, algorithm: str, config: StrictConfig) -> Draft | None:
+def attach(base: MegatronBase | TransformersBase, algorithm: str, config: StrictConfig) -> Draft | None:
     """Add the draft's modules with unset weights, as `convert` and loading a checkpoint both need.
 
     Args:
@@ -226,6 +231,11 @@ def attach(base: Base, algorithm: str, config: StrictConfig) -> Draft | None:
         base.model.add_module(record.child_name, draft)
     if record.freezes_base(config):
         base.freeze()
+    if not isinstance(base, MegatronBase):
+        # megatron-core's loops call a step of ours; those around transformers call the model.
+        from mcore_spec.hosting.install import install
+
+        install(base, algorithm, config, partial(record.task, config))
     return draft if base.is_last_stage else None
 
 
@@ -235,12 +245,26 @@ def reads_tokens(model: nn.Module) -> bool:
     return conversion is not None and conversion.draft_class.reads_tokens
 
 
-def _as_base(model: nn.Module) -> MegatronBase:
+def as_base(model: nn.Module) -> MegatronBase | TransformersBase:
+    """A view of a model of either library as a base.
+
+    Raises:
+        UnsupportedError: neither, or one that cannot carry a draft.
+    """
     from megatron.core.models.gpt import GPTModel
 
-    if not isinstance(model, GPTModel):
-        raise UnsupportedError(f"convert() takes a megatron-core GPTModel, got {type(model).__name__}")
-    return MegatronBase(model)
+    if isinstance(model, GPTModel):
+        return MegatronBase(model)
+    # A model of transformers is there only where transformers is.
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        raise UnsupportedError(
+            f"convert() takes a megatron-core GPTModel or a transformers model, got {type(model).__name__}; if that "
+            "wraps one, give what it wraps"
+        )
+    from mcore_spec.bases.transformers import TransformersBase
+
+    return TransformersBase(model)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import signal
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -24,7 +25,8 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-MAX_WORLD_SIZE = 4
+# Products of three axes of parallelism. A worker takes about half a gigabyte, so none starts before a job needs it.
+MAX_WORLD_SIZE = 8
 COLLECTIVE_TIMEOUT_S = 60
 JOB_TIMEOUT_S = 240.0
 # After the first failure the others are heard this long, so that the cause is told from its echoes.
@@ -92,6 +94,7 @@ def _work(pipe: Connection) -> None:
     import mcore_spec  # noqa: F401  # imported once, here, for every job
 
     torch.set_num_threads(1)
+    pipe.send_bytes(_pack({"is_ready": True}))
     while True:
         try:
             job = _unpack(pipe.recv_bytes())
@@ -134,7 +137,7 @@ class _Worker:
 
 
 class RankPool:
-    """Up to four worker processes; rank r is worker r, started when a job first needs it."""
+    """Up to `MAX_WORLD_SIZE` worker processes; rank r is worker r, started when a job first needs it."""
 
     def __init__(self) -> None:
         self._workers: dict[int, _Worker] = {}
@@ -155,7 +158,7 @@ class RankPool:
 
         Args:
             target: "module:function"; the function finds its rank in `torch.distributed`.
-            world_size: ranks in the process group, 1 to 4.
+            world_size: ranks in the process group, 1 to `MAX_WORLD_SIZE`.
             timeout: seconds for the whole job, start of the workers included.
             kwargs: handed to the function on every rank.
 
@@ -167,9 +170,10 @@ class RankPool:
         """
         if not 1 <= world_size <= MAX_WORLD_SIZE:
             raise ValueError(f"world_size = {world_size}; the pool has 1 to {MAX_WORLD_SIZE} ranks")
-        for rank in range(world_size):
-            if rank not in self._workers:
-                self._workers[rank] = _Worker.start()
+        deadline = time.monotonic() + timeout
+        new = [rank for rank in range(world_size) if rank not in self._workers]
+        for rank in new:
+            self._workers[rank] = _Worker.start()
         with tempfile.TemporaryDirectory(prefix="rank_pool_") as directory:
             job = {
                 "target": target,
@@ -178,7 +182,9 @@ class RankPool:
                 "rendezvous": str(Path(directory) / "rendezvous"),
             }
             try:
-                replies = self._exchange(job, deadline=time.monotonic() + timeout, timeout=timeout)
+                # All ranks begin together: those that are there would else wait in a collective for imports.
+                self._collect({}, new, job, deadline=deadline, timeout=timeout)
+                replies = self._exchange(job, deadline=deadline, timeout=timeout)
             except BaseException:
                 self._drop(world_size)
                 raise
@@ -186,16 +192,29 @@ class RankPool:
 
     def _exchange(self, job: dict[str, Any], *, deadline: float, timeout: float) -> dict[int, dict[str, Any]]:
         """Send a job to its ranks and collect one reply from each, or raise for the first that failed."""
-        target, world_size = job["target"], job["world_size"]
+        ranks = range(job["world_size"])
         replies: dict[int, dict[str, Any]] = {}
-        for rank in range(world_size):
+        for rank in ranks:
             try:
                 self._workers[rank].pipe.send_bytes(_pack(job | {"rank": rank}))
             except BrokenPipeError:
                 replies[rank] = self._death(rank)
-        while len(replies) < world_size:
+        return self._collect(replies, ranks, job, deadline=deadline, timeout=timeout)
+
+    def _collect(
+        self,
+        replies: dict[int, dict[str, Any]],
+        ranks: Sequence[int],
+        job: dict[str, Any],
+        *,
+        deadline: float,
+        timeout: float,
+    ) -> dict[int, dict[str, Any]]:
+        """One reply from each of the ranks, those that are there already included."""
+        target, world_size = job["target"], job["world_size"]
+        while len(replies) < len(ranks):
             failed = any("error" in reply for reply in replies.values())
-            pipes = {self._workers[rank].pipe: rank for rank in range(world_size) if rank not in replies}
+            pipes = {self._workers[rank].pipe: rank for rank in ranks if rank not in replies}
             ready = wait(list(pipes), ECHO_S if failed else max(0.0, deadline - time.monotonic()))
             if not ready and failed:
                 break
@@ -241,6 +260,8 @@ class RankPool:
 
     def close(self) -> None:
         """End every worker."""
+        for worker in self._workers.values():
+            worker.pipe.close()  # all begin to end before the first is waited for
         for worker in self._workers.values():
             worker.end(grace_s=5)
         self._workers.clear()

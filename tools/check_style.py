@@ -32,17 +32,27 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("drafts", "quantization", "synthesis"),
     ("bases",),
     ("objectives",),
+    ("hosting",),
     ("conversion",),
     ("weights", "checkpoint"),
     ("export", "evaluation"),
     # Where the rooms meet; the others reach it through `config.ALGORITHMS` alone.
     ("algorithms",),
-    ("training",),
+    ("training", "huggingface"),
     ("cli",),
 )
 RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 
-TRANSFORMERS_HOMES = ("bases/transformers.py", "data/chat.py", "weights/", "synthesis/local.py", "evaluation/", "cli/")
+TRANSFORMERS_HOMES = (
+    "bases/transformers",
+    "hosting/",
+    "data/chat.py",
+    "weights/",
+    "synthesis/local.py",
+    "evaluation/",
+    "huggingface/",
+    "cli/",
+)
 PARALLEL_HOME = "parallel/"
 PARALLEL_NAMES = {"parallel_state", "transformer_engine"}
 BROAD = {"Exception", "BaseException"}

@@ -16,11 +16,13 @@ from mcore_spec.config.files import ConfigFile, configure_eagle
 from mcore_spec.conversion import Algorithm
 from mcore_spec.drafts.eagle1 import Eagle1Draft
 from mcore_spec.drafts.eagle3 import Eagle3Draft
-from mcore_spec.drafts.mtp import MTPDraft
+from mcore_spec.drafts.mtp import MTPDraft, build_mtp
 from mcore_spec.drafts.resolve import resolve_eagle
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.export.plan import ExportFormat, ExportPlan
+from mcore_spec.objectives.eagle1 import eagle1_task
 from mcore_spec.objectives.eagle3 import eagle3_task
+from mcore_spec.objectives.mtp import mtp_task
 from mcore_spec.objectives.objective import Task
 from mcore_spec.parallel.tensor_parallel import Placement
 
@@ -31,24 +33,26 @@ class Member(NamedTuple):
     """One member of the family.
 
     Attributes:
-        draft_class: its module.
+        build: its module, ``build(config, base, place=...)``.
         plan: of its export.
+        task: what training it takes.
     """
 
-    draft_class: type[EagleDraft]
+    build: Callable[..., EagleDraft]
     plan: Callable[..., ExportPlan]
+    task: Callable[[EagleConfig], Task]
 
 
 MEMBERS: dict[EagleAlgorithm, Member] = {
-    "eagle1": Member(Eagle1Draft, plan_eagle1),
-    "eagle3": Member(Eagle3Draft, plan_eagle3),
-    "eagle-mtp": Member(MTPDraft, plan_mtp),
+    "eagle1": Member(Eagle1Draft, plan_eagle1, eagle1_task),
+    "eagle3": Member(Eagle3Draft, plan_eagle3, eagle3_task),
+    "eagle-mtp": Member(build_mtp, plan_mtp, mtp_task),
 }
 
 
 def build_member(config: EagleConfig, base: BaseArchitecture, *, place: Placement) -> EagleDraft:
     """The module of the member that the configuration describes."""
-    return MEMBERS[config.algorithm].draft_class(config, base, place=place)
+    return MEMBERS[config.algorithm].build(config, base, place=place)
 
 
 def plan_member(draft: EagleDraft, record: CheckpointRecord, export_format: ExportFormat) -> ExportPlan:
@@ -105,13 +109,11 @@ def task_of_member(config: EagleConfig) -> Task:
     """What training the member takes.
 
     Raises:
-        UnsupportedError: a member or an option whose training is not built.
+        UnsupportedError: an option whose training is not built.
     """
-    if config.algorithm != "eagle3":
-        raise UnsupportedError("the draft is not EAGLE-3: training of other drafts is not built yet")
     if not config.eagle_freeze_base_model:
         raise UnsupportedError("eagle_freeze_base_model = false: training the base too is not built yet")
-    return eagle3_task(config)
+    return MEMBERS[config.algorithm].task(config)
 
 
 def _freezes_base(config: EagleConfig) -> bool:

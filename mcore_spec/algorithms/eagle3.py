@@ -13,7 +13,7 @@ from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.resolve import resolve_aux_layers
 from mcore_spec.errors import UnsupportedError
 from mcore_spec.export.llama import LAYER, LAYERS, NUM_DRAFT_TOKENS, llama_config, serving_commands
-from mcore_spec.export.plan import ExportFormat, ExportPlan, target_to_draft
+from mcore_spec.export.plan import ExportFormat, ExportPlan, check_format, target_to_draft
 from mcore_spec.weights.draft_names import Table
 
 _OUTER: Table = [
@@ -45,8 +45,9 @@ def plan_eagle3(draft: Eagle3Draft, record: CheckpointRecord, export_format: Exp
         export_format: whose form.
 
     Raises:
-        UnsupportedError: a draft that would load and serve wrongly.
+        UnsupportedError: a format that does not know EAGLE-3, or a draft that would load and serve wrongly.
     """
+    check_format(export_format, draft, ("hf", "speculators"))
     check_servable(draft, record.base)
     return _plan_hf(draft, record) if export_format == "hf" else _plan_speculators(draft, record)
 

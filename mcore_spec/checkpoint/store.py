@@ -309,7 +309,8 @@ def load_optimizer_state(checkpoint: Checkpoint, optimizer_state: Mapping[str, A
         CheckpointError: tensors missing or left over.
     """
     loaded = _load({"optimizer": dict(optimizer_state)}, checkpoint.path, ignored=("",), kept=NOT_MODEL[0])
-    state: dict[str, Any] = loaded["optimizer"]
+    # A stage that trains nothing asks for nothing, and the reader leaves out what is empty.
+    state: dict[str, Any] = loaded.get("optimizer", {})
     return state
 
 

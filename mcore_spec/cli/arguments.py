@@ -15,7 +15,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-from mcore_spec.config import ALGORITHMS, DraftInit, EagleAlgorithm, MedusaConfig, StrictConfig, suggest
+from mcore_spec.config import (
+    ALGORITHMS,
+    DraftInit,
+    EagleAlgorithm,
+    ExportFormat,
+    MedusaConfig,
+    StrictConfig,
+    suggest,
+)
 from mcore_spec.planning.hardware import GPUS
 
 _MEDUSA = MedusaConfig()
@@ -208,7 +216,11 @@ class ExportArguments(ParallelArguments):
     load: str = Field(min_length=1, description="Megatron-core checkpoint with the draft.")
     ckpt_step: int | None = Field(None, ge=0, description="Iteration of --load. Default: the newest.")
     export_dir: str = Field(min_length=1, description="Directory to write.")
-    export_format: Literal["hf", "speculators"] = Field("hf", description="Form of the draft.")
+    export_format: ExportFormat = Field(
+        "hf",
+        description="Form of the draft. mimo: base and EAGLE-MTP layer as one model that vLLM serves (bases like "
+        "Qwen2). tensorrt-llm, fasterdecoding: Medusa's heads under FasterDecoding's names.",
+    )
     export_extra_modules: bool = Field(
         False, description="Write the draft alone; off: the base model, and the draft below it in draft/."
     )

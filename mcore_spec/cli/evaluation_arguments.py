@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -49,12 +49,30 @@ class DecodingArguments(StrictConfig):
     osl: int = Field(128, ge=1, description="Most new tokens of an answer.")
     temperature: float = Field(0.0, ge=0, description="Of sampling; 0: always the likeliest token.")
     seed: int = Field(1234, ge=0, description="Seed of sampling.")
+    acceptance: Literal["exact", "typical"] = Field(
+        "exact",
+        description="exact: answers are the base's. typical (Medusa's paper): proposals that the base finds likely "
+        "enough at --temperature are kept too; answers are other ones.",
+    )
+    typical_epsilon: float = Field(0.09, gt=0, le=1, description="Probability that is always enough (typical).")
+    typical_delta: float = Field(
+        0.3, gt=0, description="A probability above this times exp(-entropy) is enough too (typical)."
+    )
 
     @model_validator(mode="after")
     def _check_tree(self) -> Self:
         if self.tree is not None and {"steps", "top_k"} & self.model_fields_set:
             raise ValueError("--tree says what is proposed at every step: drop --steps and --top-k")
-        if self.temperature > 0 and (self.tree is not None or self.top_k > 1):
+        is_typical, of_typical = self.acceptance == "typical", {"typical_epsilon", "typical_delta"}
+        if not is_typical and of_typical & self.model_fields_set:
+            raise ValueError(
+                "--typical-epsilon and --typical-delta belong to --acceptance typical: give it, or drop them"
+            )
+        if is_typical and self.temperature == 0:
+            raise ValueError("--acceptance typical is exact acceptance while --temperature is 0: raise it, such as 0.7")
+        if is_typical and "seed" in self.model_fields_set:
+            raise ValueError("--seed has no effect with --acceptance typical, which draws nothing: drop it")
+        if self.temperature > 0 and not is_typical and (self.tree is not None or self.top_k > 1):
             raise ValueError("--temperature above 0 samples a chain: drop --tree and --top-k")
         if self.temperature == 0 and "seed" in self.model_fields_set:
             raise ValueError("--seed has no effect while --temperature is 0: drop it")

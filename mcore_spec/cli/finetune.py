@@ -20,8 +20,9 @@ from mcore_spec.conversion import find_algorithm
 from mcore_spec.data.chat import check_same_vocabulary, load_tokenizer
 from mcore_spec.data.sources import open_source
 from mcore_spec.data.store import TokenStore, build_token_store
-from mcore_spec.errors import CheckpointError, ConfigError
+from mcore_spec.errors import CheckpointError, ConfigError, UnsupportedError
 from mcore_spec.evaluation.prompts import TokenizerPrompts
+from mcore_spec.objectives.objective import Task
 from mcore_spec.parallel.imagined import imagined_world_size
 from mcore_spec.parallel.layout import (
     Layout,
@@ -36,7 +37,9 @@ from mcore_spec.planning.layout import PlannedLayout
 from mcore_spec.planning.report import describe_model
 from mcore_spec.planning.shapes import ModelShape
 from mcore_spec.training.data import Conversations
-from mcore_spec.training.log import Entry, Logger, brief, check_loggers, draw_curves, open_loggers
+from mcore_spec.training.linear_start import check_linear_start, num_default_rows
+from mcore_spec.training.log import Entry, Logger, brief, check_loggers, draw_curves, open_loggers, say_above_bar
+from mcore_spec.training.signals import StoppedEarly
 from mcore_spec.training.step import check_trainable
 from mcore_spec.training.trainer import Progress, Trainer
 
@@ -63,7 +66,8 @@ def run(arguments: FinetuneArguments) -> None:
         return
     with parallel_runtime(layout, seed=arguments.seed):
         checkpoint, is_resumed = run_on_rank_zero(lambda: _find_start(arguments))
-        check_trainable(checkpoint.record)
+        task = check_trainable(checkpoint.record)
+        check_linear_start(task, num_batches=arguments.fit_start)
         check_layout(checkpoint.record.base, layout)
         global_batch_size = _global_batch_size(arguments, num_data=num_data_ranks(layout))
         store = _read_conversations(arguments, checkpoint)
@@ -73,20 +77,24 @@ def run(arguments: FinetuneArguments) -> None:
             say(f"{checkpoint.path} is the end of the run: {conversations.num_iterations} iterations; nothing to do")
             return
         run_on_rank_zero(lambda: check_loggers(arguments.loggers))
+        arguments = _with_fit_start(arguments, checkpoint.record, task, conversations, is_resumed=is_resumed)
         model = load_checkpoint(checkpoint, layout, transformer_impl=arguments.transformer_impl)
-        trainer = Trainer(
-            model,
-            conversations.batches,
-            arguments,
-            record=checkpoint.record.model_copy(update={"training": None}),
-            save=Path(arguments.save),
-            num_iterations=conversations.num_iterations,
-            global_batch_size=global_batch_size,
-            tokenizer_files=sorted(checkpoint.tokenizer_path.glob("*")),
-            end_ids=_end_ids(arguments, checkpoint),
-        )
-        if is_resumed:
-            trainer.resume(checkpoint)
+        try:
+            trainer = Trainer(
+                model,
+                conversations.batches,
+                arguments,
+                record=checkpoint.record,
+                save=Path(arguments.save),
+                num_iterations=conversations.num_iterations,
+                global_batch_size=global_batch_size,
+                tokenizer_files=sorted(checkpoint.tokenizer_path.glob("*")),
+                end_ids=_end_ids(arguments, checkpoint),
+                resume_from=checkpoint if is_resumed else None,
+            )
+        except StoppedEarly:
+            say("stopped before the first step: nothing was saved; give the same command to begin")
+            return
         # Nothing is refused any more: the log may lose what stands behind the iteration that is gone on from.
         loggers = run_on_every_rank(lambda: _open_loggers(arguments, begun))
         say(f"{'resumed' if is_resumed else 'loaded'} {checkpoint.path}; {_describe_run(conversations, trainer)}")
@@ -94,11 +102,30 @@ def run(arguments: FinetuneArguments) -> None:
         _say_end(arguments, progress, conversations.num_iterations, trainer)
 
 
+def _with_fit_start(
+    arguments: FinetuneArguments,
+    record: CheckpointRecord,
+    task: Task,
+    conversations: Conversations,
+    *,
+    is_resumed: bool,
+) -> FinetuneArguments:
+    """--fit-start as a number: by default what a draft needs that was not trained yet."""
+    num_batches, is_trained = arguments.fit_start, record.training is not None
+    if num_batches is None:
+        num_rows = 0 if is_trained else num_default_rows(task, record.base)
+        num_batches = conversations.num_fit_batches(num_rows=num_rows)
+    if num_batches > 0 and not is_resumed:
+        instead = ", not as it was trained" if is_trained else ""
+        say(f"the draft starts as the least-squares solution of {num_batches} global batches (--fit-start){instead}")
+    return arguments.model_copy(update={"fit_start": num_batches})
+
+
 def _rehearse(arguments: FinetuneArguments, layout: Layout) -> None:
     """The same checks, base and draft without memory, the plan of the run; conversations are not read."""
     world_size = imagined_world_size(layout, num_gpus=arguments.num_gpus)
     checkpoint, is_resumed = _find_start(arguments)
-    check_trainable(checkpoint.record)
+    check_linear_start(check_trainable(checkpoint.record), num_batches=arguments.fit_start)
     base, conversion = checkpoint.record.base, checkpoint.record.conversion
     check_layout(base, layout)
     _check_seq_length(arguments, checkpoint)
@@ -106,7 +133,10 @@ def _rehearse(arguments: FinetuneArguments, layout: Layout) -> None:
         open_source(path)
     assert conversion is not None, "a trainable checkpoint has a draft"
     draft = find_algorithm(conversion.algorithm).config_class.parse(conversion.config)
-    assert isinstance(draft, EagleConfig), "check_trainable knows no other draft"
+    if not isinstance(draft, EagleConfig):
+        raise UnsupportedError(
+            f"{conversion.algorithm}: only the training of EAGLE-3 drafts is planned; leave --dry-run out"
+        )
     setup = _planned(arguments, layout, checkpoint.record, draft, world_size=world_size)
     global_batch_size = _global_batch_size(arguments, num_data=setup.layout.data)
     built = Rehearsal(base, layout, world_size, (conversion.algorithm, draft), arguments.transformer_impl)
@@ -242,15 +272,19 @@ def _open_loggers(arguments: FinetuneArguments, iteration: int) -> list[Logger]:
     loggers = open_loggers(
         arguments.loggers, Path(arguments.save), iteration=iteration, settings=arguments.model_dump(mode="json")
     )
-    return loggers if sys.stderr.isatty() else [*loggers, _Lines()]
+    return [*loggers, _Lines()]
 
 
 class _Lines:
-    """The figures as lines, where no progress bar shows them."""
+    """The figures as lines, where no progress bar shows them; the bar has those of training."""
 
     def write(self, entry: Entry) -> None:
-        """One line."""
-        say(f"iteration {entry['iteration']}: {brief(entry)}")
+        """One line, or none."""
+        line = f"iteration {entry['iteration']}: {brief(entry)}"
+        if not sys.stderr.isatty():
+            say(line)
+        elif "loss" not in entry:
+            say_above_bar(line)
 
     def close(self) -> None:
         """Nothing to let go."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from mcore_spec.cli.convert import layout_of
-from mcore_spec.cli.drafted_base import load_drafted_base, topology_of
+from mcore_spec.cli.drafted_base import load_drafted_base, sampling_temperature, topology_of, typical_of
 from mcore_spec.cli.evaluation_arguments import GenerateArguments
 from mcore_spec.cli.terminal import has_colour, say, say_part
 from mcore_spec.data.conversations import Message
@@ -52,7 +52,13 @@ def run(arguments: GenerateArguments) -> None:
     layout, topology = layout_of(arguments), topology_of(arguments)
     with parallel_runtime(layout, seed=arguments.seed):
         model, encoder = load_drafted_base(arguments, layout)
-        decoder = Decoder(model, topology=topology, temperature=arguments.temperature, end_ids=encoder.end_ids)
+        decoder = Decoder(
+            model,
+            topology=topology,
+            temperature=sampling_temperature(arguments),
+            typical=typical_of(arguments),
+            end_ids=encoder.end_ids,
+        )
         messages: list[Message] = []
         if arguments.system is not None:
             messages.append({"role": "system", "content": arguments.system})

@@ -6,13 +6,13 @@ import sys
 from itertools import islice
 
 from mcore_spec.cli.convert import layout_of
-from mcore_spec.cli.drafted_base import load_drafted_base, topology_of
+from mcore_spec.cli.drafted_base import load_drafted_base, sampling_temperature, topology_of, typical_of
 from mcore_spec.cli.evaluation_arguments import ValidateArguments
 from mcore_spec.cli.terminal import say
 from mcore_spec.data.prompts import Prompt, read_prompts
 from mcore_spec.errors import EvaluationError
 from mcore_spec.evaluation.acceptance import Evaluation, Evaluator, Settings
-from mcore_spec.evaluation.report import check_plot, draw, table, write_json
+from mcore_spec.evaluation.report import check_output, check_plot, draw, table, write_json
 from mcore_spec.parallel.layout import parallel_runtime, run_on_rank_zero
 
 
@@ -25,12 +25,13 @@ def run(arguments: ValidateArguments) -> None:
     layout, topology = layout_of(arguments), topology_of(arguments)
     with parallel_runtime(layout, seed=arguments.seed):
         prompts = run_on_rank_zero(lambda: _prompts(arguments))
-        run_on_rank_zero(lambda: check_plot(arguments.plot))
+        run_on_rank_zero(lambda: _check_outputs(arguments))
         model, encoder = load_drafted_base(arguments, layout)
         settings = Settings(
             topology=topology,
             osl=arguments.osl,
-            temperature=arguments.temperature,
+            temperature=sampling_temperature(arguments),
+            typical=typical_of(arguments),
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             compares=arguments.compare,
@@ -51,6 +52,12 @@ def run(arguments: ValidateArguments) -> None:
 
 def _prompts(arguments: ValidateArguments) -> list[Prompt]:
     return list(islice(read_prompts(arguments.prompts_path), arguments.num_prompts))
+
+
+def _check_outputs(arguments: ValidateArguments) -> None:
+    check_plot(arguments.plot)
+    check_output(arguments.output, field="output")
+    check_output(arguments.plot, field="plot")
 
 
 def _show_progress(num_done: int) -> None:

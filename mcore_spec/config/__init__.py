@@ -1,6 +1,6 @@
 """Configuration: what a user asks for, and how a base model is described. Imports no torch."""
 
-from mcore_spec.config.algorithms import ALGORITHMS, RegisteredAlgorithm
+from mcore_spec.config.algorithms import ALGORITHMS, ExportFormat, RegisteredAlgorithm
 from mcore_spec.config.base import BaseArchitecture, BaseIdentity, DtypeName, Family, RopeConfig
 from mcore_spec.config.drafts import (
     EAGLE1_DEFAULT_CFG,
@@ -30,6 +30,7 @@ __all__ = [
     "EagleAlgorithm",
     "EagleArchitectureConfig",
     "EagleConfig",
+    "ExportFormat",
     "Family",
     "MedusaConfig",
     "RegisteredAlgorithm",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+# Forms of an exported draft; each algorithm knows some of them.
+ExportFormat = Literal["hf", "speculators", "mimo", "tensorrt-llm", "fasterdecoding"]
 
 
 class RegisteredAlgorithm(NamedTuple):

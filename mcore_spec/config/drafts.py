@@ -70,7 +70,8 @@ class EagleArchitectureConfig(StrictConfig):
     )
     eagle_aux_hidden_state_layer_ids: tuple[int, ...] = Field(
         (),
-        description="Base layers (0-based, by output) whose hidden states are read; empty: the default three.",
+        description="Base layers (0-based, by output) whose hidden states are read; empty: EAGLE-3's default three. "
+        "EAGLE-MTP: the last one alone, to read it before the final norm (always so on bases like Qwen2).",
     )
     norm_before_residual: bool = Field(
         False, description="EAGLE-3: the residual of the first layer is the normed hidden state."
@@ -122,7 +123,7 @@ class EagleArchitectureConfig(StrictConfig):
         if not self.use_aux_hidden_state:
             only_eagle3 = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
             wrong = [name for name in only_eagle3 if getattr(self, name)]
-            if ids:
+            if ids and not self.use_mtp_layernorm:
                 wrong.append("eagle_aux_hidden_state_layer_ids")
             if wrong:
                 raise ValueError(f"{', '.join(wrong)} need(s) use_aux_hidden_state = true (EAGLE-3)")
@@ -154,6 +155,15 @@ class EagleConfig(StrictConfig):
     eagle_mix_hidden_states: bool = Field(
         False, description="Replace rows of the input by the draft's own states instead of growing keys."
     )
+    eagle_feature_noise: float = Field(
+        0.0,
+        ge=0,
+        description="EAGLE-1: half-width of the uniform noise on the base's features in training, in a conversation of "
+        "512 tokens; others have 512 / tokens of it. The paper's code has 0.1.",
+    )
+    eagle_detach_states: bool = Field(
+        False, description="Let no gradient flow from a step into the state that the step before fed back to it."
+    )
     eagle_keep_out_of_vocabulary: bool = Field(
         False, description="Learn from rows whose likeliest token is not in the draft vocabulary too."
     )
@@ -180,6 +190,15 @@ class EagleConfig(StrictConfig):
             raise ValueError(
                 "eagle_keep_out_of_vocabulary = true needs eagle_self_logit_distillation = true: a label outside of "
                 "the draft vocabulary has no logit"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_is_eagle1s(self) -> EagleConfig:
+        if self.eagle_feature_noise and self.algorithm != "eagle1":
+            raise ValueError(
+                f"eagle_feature_noise = {self.eagle_feature_noise} is for eagle1, and this draft is {self.algorithm}: "
+                "leave it out"
             )
         return self
 

@@ -38,18 +38,20 @@ class TrainingConfig(DataConfig):
     train_iters: int | None = Field(None, ge=1, description="Optimizer steps. This, --train-samples or --num-epochs.")
     train_samples: int | None = Field(None, ge=1, description="Samples to train on, rounded down to whole steps.")
     num_epochs: int | None = Field(None, ge=1, description="Times to go through the training conversations.")
-    fit_start: int = Field(
-        0,
+    fit_start: int | None = Field(
+        None,
         ge=0,
         description="Global batches from which the draft's first weights are solved by least squares, before the first "
-        "step; they replace what convert made. 0: none.",
+        "step; they replace what convert made. 0: none. Default: as many as the solution needs, for a draft that was "
+        "not trained yet and has such a start.",
     )
     lr: float = Field(1e-4, gt=0, description="Highest learning rate.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
-    lr_scaling: Literal["width", "none"] = Field(
-        "width",
+    lr_scaling: Literal["auto", "width", "none"] = Field(
+        "auto",
         description="width: matrices that do not start as the base's rows learn at 4096 / hidden_size times --lr and "
-        "--min-lr (muP), so that one rate fits bases of every size. none: --lr for all.",
+        "--min-lr (muP), so that one rate fits bases of every size. none: --lr for all. auto: width; behind a "
+        "least-squares start --lr, and for fc --lr over the size of what it reads.",
     )
     lr_decay_style: DecayStyle = Field("cosine", description="Shape of the decay, which ends with the run.")
     lr_warmup_iters: int = Field(0, ge=0, description="Steps of linear warm-up.")

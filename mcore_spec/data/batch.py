@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mcore_spec.data.document import BoolArray, Document, IntArray
 from mcore_spec.data.mixing import draw_replaced
+from mcore_spec.data.noise import draw_noise_key
 from mcore_spec.data.packing import SampleStream
 from mcore_spec.data.seeds import RandomUse, random_state
 from mcore_spec.errors import ConfigError
@@ -37,6 +38,8 @@ class Batch:
         labels: int64 [K, rows], the token x[t+2+k] that row t predicts at step k; 0 outside of its document.
         replaced: rows that read the draft's own state after each step but the last, bool [K - 1, rows]; ``None``
             without mixing.
+        noise_keys: what the noise on each row's features is made from, int64 [rows], one number a document;
+            ``None`` without noise.
         bounds: 0, the end of each document's rows; every row belongs to a document.
         lengths: tokens of each document, padding left out.
         num_samples: samples in it.
@@ -52,6 +55,7 @@ class Batch:
     lengths: tuple[int, ...]
     num_samples: int
     num_tokens: int
+    noise_keys: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -62,6 +66,7 @@ class Batch:
             counted=self.counted.to(device),
             labels=self.labels.to(device),
             replaced=None if self.replaced is None else self.replaced.to(device),
+            noise_keys=None if self.noise_keys is None else self.noise_keys.to(device),
         )
 
 
@@ -74,6 +79,7 @@ def make_batch(
     num_samples: int,
     pad_to: int | None = None,
     mixing: Sequence[np.random.RandomState] | None = None,
+    noise_keys: Sequence[int] | None = None,
 ) -> Batch:
     """Lay documents behind each other.
 
@@ -86,6 +92,7 @@ def make_batch(
         num_samples: samples that the documents are of.
         pad_to: rows of each document; ``None``: as many as it needs.
         mixing: draw `Batch.replaced` with these generators, one a document.
+        noise_keys: of `Batch.noise_keys`, one a document.
 
     Raises:
         ConfigError: no documents, an empty one, one longer than `pad_to`, or a `pad_to` that is no multiple.
@@ -121,6 +128,7 @@ def make_batch(
         lengths=tuple(lengths.tolist()),
         num_samples=num_samples,
         num_tokens=num_tokens,
+        noise_keys=None if noise_keys is None else torch.tensor(noise_keys).repeat_interleave(torch.from_numpy(spans)),
     )
 
 
@@ -143,6 +151,7 @@ class DataParallelBatches:
         num_steps: int,
         row_multiple: int = 1,
         mixing_seed: int | None = None,
+        noise_seed: int | None = None,
     ) -> None:
         """Take the share of one rank.
 
@@ -155,6 +164,7 @@ class DataParallelBatches:
             num_steps: TTT steps.
             row_multiple: see `make_batch`.
             mixing_seed: mix states; the rows depend on it, the sample and the document's place in the sample.
+            noise_seed: put noise on the features, which depends on the same.
 
         Raises:
             ConfigError: micro-batches of the ranks that do not make up a global batch.
@@ -166,7 +176,7 @@ class DataParallelBatches:
             )
         assert 0 <= data_rank < data_size, "a rank of the data-parallel group"
         self.stream, self.num_steps, self.row_multiple = stream, num_steps, row_multiple
-        self.mixing_seed = mixing_seed
+        self.mixing_seed, self.noise_seed = mixing_seed, noise_seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.data_rank, self.data_size = data_rank, data_size
 
@@ -189,13 +199,15 @@ class DataParallelBatches:
                 yield self._batch(range(start, stop))
 
     def _batch(self, samples: range) -> Batch:
-        stream, seed = self.stream, self.mixing_seed
-        documents, mixing = [], []
+        stream, seed, noise_seed = self.stream, self.mixing_seed, self.noise_seed
+        documents, mixing, noise_keys = [], [], []
         for sample in samples:
             for place, number in enumerate(stream.sample(sample)):
                 documents.append(stream.source.document(number))
                 if seed is not None:
                     mixing.append(random_state(seed, RandomUse.MIXING, sample, place))
+                if noise_seed is not None:
+                    noise_keys.append(draw_noise_key(random_state(noise_seed, RandomUse.NOISE, sample, place)))
         return make_batch(
             documents,
             num_steps=self.num_steps,
@@ -204,6 +216,7 @@ class DataParallelBatches:
             num_samples=len(samples),
             pad_to=None if stream.packing else stream.seq_length,
             mixing=None if seed is None else mixing,
+            noise_keys=None if noise_seed is None else noise_keys,
         )
 
 

@@ -5,8 +5,8 @@ the header that asks for it, and not what the template writes behind the end of 
 rendered text, which is then tokenised once, whole: the ids are those the model sees at serving. A token belongs to
 a span iff it starts inside.
 
-Where the template says itself what the model produces (``{% generation %}``) that is taken as it stands; note that
-some such templates leave the end-of-turn token out, and a draft then never learns to end a turn.
+Where the template says itself what the model produces (``{% generation %}``) that is taken. Some such templates leave
+the end-of-turn token behind the span: it is taken in, or a draft would never learn to end a turn.
 
 Otherwise a span is found by its surroundings. For the turn i, with a mark rendered in place of one content at a time:
 
@@ -252,6 +252,41 @@ class ChatEncoder:
         return mask
 
     def _render_marked(self, turns: list[Message]) -> RenderedConversation:
+        rendered = self._render_markers(turns)
+        answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if len(rendered.spans) != len(answers):
+            return rendered  # parts of answers, or the last one alone: which turn a span ends is not known
+        spans = [
+            self._take_in_end(rendered.text, span, turns[: index + 1])
+            for index, span in zip(answers, rendered.spans, strict=True)
+        ]
+        return RenderedConversation(rendered.text, tuple(spans))
+
+    def _take_in_end(self, text: str, span: Span, turns: list[Message]) -> Span:
+        """A marked span with the end-of-turn token, which some templates write behind it.
+
+        Args:
+            text: the rendering of the whole conversation.
+            span: of the last of `turns` in it.
+            turns: up to the answer.
+        """
+        if self._special is None or self._ends_turn(text[span.start : span.stop]):
+            return span
+        alone = self._render_markers(turns)
+        if not alone.spans:
+            return span
+        # What follows the answer whatever comes next, as in `_span`.
+        ending = os.path.commonprefix([text[span.stop :], alone.text[alone.spans[-1].stop :]])
+        end_of_turn = self._special.search(ending)
+        return Span(span.start, span.stop + (end_of_turn.end() if end_of_turn else 0))
+
+    def _ends_turn(self, text: str) -> bool:
+        """Whether a special token is the last of a text that is not blank."""
+        assert self._special is not None
+        return any(match.end() == len(text.rstrip()) for match in self._special.finditer(text))
+
+    def _render_markers(self, turns: list[Message]) -> RenderedConversation:
+        """The text, and what the template marks in it."""
         # apply_chat_template gives a mask over tokens only, into which it takes a token that merely ends in the span.
         from transformers.utils.chat_template_utils import render_jinja_template
 

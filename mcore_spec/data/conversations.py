@@ -2,7 +2,7 @@
 
     {"conversation_id": ..., "conversations": [{"role": "user", "content": "..."}, ...]}     ModelOpt
     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}]}             ShareGPT
-    {"messages": [{"role": "user", "content": "..."}, ...]}                                  OpenAI
+    {"messages": [{"role": "user", "content": "..."}, ...]}          OpenAI; contents may be lists of text parts
 
 Other keys of an entry are left alone, but for ``system``: a string there that is not blank is the system message of
 ShareGPT's variants. What a chat template would render wrongly or not at all is refused here, where its line is known.
@@ -10,7 +10,7 @@ ShareGPT's variants. What a chat template would render wrongly or not at all is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -161,7 +161,25 @@ def _message(turn: Any, where: str) -> Message:
         raise ConfigError(f"{where} has {keys_of(turn)}; a message must have role and content, or from and value")
     if not isinstance(role, str) or role not in roles:
         raise ConfigError(f"{where} has the unknown role {shown(role)}; known roles: {', '.join(roles)}")
-    return {"role": roles[role], "content": check_text(turn[content_key], f"{where}.{content_key}")}
+    place = f"{where}.{content_key}"
+    return {"role": roles[role], "content": check_text(_joined(turn[content_key], place), place)}
+
+
+def _joined(content: object, where: str) -> object:
+    """OpenAI's list of parts as one text; anything else as it is.
+
+    Raises:
+        ConfigError: a part that is no text.
+    """
+    if not isinstance(content, list):
+        return content
+    for index, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ConfigError(
+                f"{where}[{index}] = {shown(part)}; of parts only text can be learnt, as "
+                '{"type": "text", "text": "..."}'
+            )
+    return "".join(part["text"] for part in content)
 
 
 def check_text(value: object, where: str) -> str:

@@ -13,6 +13,7 @@ class RandomUse(IntEnum):
     SPLIT = 0
     EPOCH = 1
     MIXING = 2
+    NOISE = 3
 
 
 def random_state(seed: int, use: RandomUse, *numbers: int) -> np.random.RandomState:

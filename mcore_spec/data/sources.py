@@ -227,9 +227,14 @@ class HubDataset:
         yield from (Record(number, value) for number, value in enumerate(self._dataset, start=1))
 
     def digest(self) -> str:
-        """Over the dataset's files in its local cache."""
+        """Over the dataset's files in its local cache; where it is held in memory alone, over its entries."""
         files = sorted(Path(entry["filename"]) for entry in self._dataset.cache_files)
-        return _digest_files(files, salt=f"dataset:{self._split}")
+        if files:
+            return _digest_files(files, salt=f"dataset:{self._split}")
+        digest = hashlib.sha256(b"dataset entries")
+        for value in self._dataset:
+            digest.update(json.dumps(value, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
 
     @cached_property
     def _dataset(self) -> Any:
@@ -239,7 +244,7 @@ class HubDataset:
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{self.field} = {self.name} is no file, and the dataset {self._repository} (split {self._split}) "
-                f"cannot be loaded ({_first_line(error)}); correct the path, or give the split as "
+                f"cannot be loaded ({_first_line(error)}); correct the path, check the network, or give the split as "
                 f"{self._repository}:SPLIT"
             ) from error
 

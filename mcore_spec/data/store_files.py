@@ -25,7 +25,7 @@ from mcore_spec.data.document import Document, IntArray
 from mcore_spec.errors import ConfigError
 
 # Raised whenever the same conversations would give other tokens or masks, or other files.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 _TOKENS, _MASK, _OFFSETS = "tokens.bin", "mask.bin", "offsets.bin"
 _TOKEN_DTYPE, _OFFSET_DTYPE = np.dtype("<i4"), np.dtype("<i8")

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mcore_spec.config import BaseArchitecture, EagleConfig
 from mcore_spec.drafts.recurrent import RecurrentDraft
-from mcore_spec.layers.linear import ShardedLinear, project_sharded_columns
+from mcore_spec.layers.linear import ShardedLinear
 from mcore_spec.parallel.tensor_parallel import Placement
 
 
@@ -34,9 +33,14 @@ class Eagle1Draft(RecurrentDraft):
         hidden = base.hidden_size
         self.fc = ShardedLinear(2 * hidden, hidden, shard_dim=1, what="2 x hidden_size", place=place)
 
-    def join(self, embedding: Tensor, state: Tensor) -> Tensor:
-        """fc([embedding ; feature])."""
-        return project_sharded_columns(self.fc, torch.cat((embedding, state), dim=-1))
+    @property
+    def projection(self) -> ShardedLinear:
+        """fc, of [embedding ; feature]."""
+        return self.fc
+
+    def feature_projection(self) -> nn.Parameter | None:
+        """fc's."""
+        return self.fc.weight
 
     def finish(self, x: Tensor) -> Tensor:
         """The predicted feature is the last layer's output."""

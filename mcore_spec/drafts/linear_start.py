@@ -11,6 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Rows to learn from, for each number that a row reads. Measured at SmolLM2-135M's 2,304 numbers: the start reaches a
+# simulated acceptance length of 1.39 with 12 rows a number and 1.42 with 30.
+ROWS_PER_INPUT = 32
+# Bytes of sums above which no start is made unless it is asked for; solving takes twice as much again.
+MAX_DEFAULT_BYTES = 4 * 2**30
 # Added to the squares of every input, as a share of them: directions with next to no data stay near zero.
 RIDGE = 1e-3
 
@@ -27,6 +32,11 @@ class LinearMap(NamedTuple):
     features: Tensor
     embedding: Tensor
     embedding_moment: Tensor
+
+
+def sums_bytes(*, num_inputs: int, num_outputs: int) -> int:
+    """Bytes of `Moments`."""
+    return 8 * num_inputs * (num_inputs + num_outputs)
 
 
 class Moments:
@@ -51,6 +61,12 @@ class Moments:
         self.inputs.addmm_(inputs.t(), inputs)
         self.products.addmm_(inputs.t(), targets)
         self.num_rows += inputs.shape[0]
+
+    def feature_size(self) -> float:
+        """Root mean square of each feature, averaged over the features."""
+        num_features = self.inputs.shape[0] - self.products.shape[1]
+        squares = self.inputs.diagonal()[:num_features] / self.num_rows
+        return float(squares.sqrt().mean())
 
     def solve(self) -> LinearMap:
         """The map with the least squared error; every input is measured by its own root mean square."""

@@ -6,14 +6,17 @@ are normed before they are joined; the head is the base's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from mcore_spec.config import BaseArchitecture, EagleConfig
-from mcore_spec.drafts.recurrent import RecurrentDraft
-from mcore_spec.layers.linear import ShardedLinear, project_sharded_columns
+from mcore_spec.drafts.draft import Reads
+from mcore_spec.drafts.recurrent import Joined, RecurrentDraft
+from mcore_spec.drafts.steps import StepOutput
+from mcore_spec.layers.attention import Rows
+from mcore_spec.layers.linear import ShardedLinear
 from mcore_spec.layers.norm import RMSNorm
 from mcore_spec.parallel.tensor_parallel import Placement
 
@@ -43,11 +46,52 @@ class MTPDraft(RecurrentDraft):
         """The first layer, where the configuration says so."""
         return self.layers[0] if self.starts_from_base else None
 
-    def join(self, embedding: Tensor, state: Tensor) -> Tensor:
-        """eh_proj([norm(embedding) ; norm(hidden)])."""
-        joined = torch.cat((self.enorm(embedding), self.hnorm(state)), dim=-1)
-        return project_sharded_columns(self.eh_proj, joined)
+    @property
+    def projection(self) -> ShardedLinear:
+        """eh_proj, of [norm(embedding) ; norm(hidden)]."""
+        return self.eh_proj
+
+    def prepare(self, embedding: Tensor, state: Tensor) -> Joined:
+        """Both normed."""
+        return Joined(self.enorm(embedding), self.hnorm(state))
+
+    def take_final_norm(self, final_norm: Tensor) -> Tensor:
+        """Its weight."""
+        self.norm.weight.copy_(final_norm)
+        return final_norm
 
     def finish(self, x: Tensor) -> Tensor:
         """The final norm; its output is fed back, as MiMo's engines do."""
         return self.norm(x)
+
+
+class MiMoDraft(MTPDraft):
+    """EAGLE-MTP as engines compute MiMo's layer (Xiaomi, arXiv 2505.07608), for bases that its layout can hold.
+
+    Three things differ: the base's hidden state is read before the final norm, `eh_proj` takes it before the embedding,
+    and the row at position 0 reads no token.
+    """
+
+    reads: ClassVar[Reads] = "aux"
+    state_comes_first: ClassVar[bool] = True
+
+    @property
+    def aux_layer_ids(self) -> tuple[int, ...]:
+        """The base's last layer."""
+        return self.architecture.eagle_aux_hidden_state_layer_ids
+
+    def step(self, state: Tensor, embedding: Tensor, rows: Sequence[Rows]) -> StepOutput:
+        """One step; arguments as of `StepwiseDraft.step`."""
+        num_rows = embedding.shape[0] * (self.tp.size if self.tp.sequence_parallel else 1)
+        is_first = self.tp.own_rows(rows[0].places(num_rows, embedding.device).positions == 0)
+        return super().step(state, embedding.masked_fill(is_first[:, None, None], 0.0), rows)
+
+    def facts(self) -> list[str]:
+        """Which state it reads."""
+        return ["reads the base's last layer before its final norm, as MiMo"]
+
+
+def build_mtp(config: EagleConfig, base: BaseArchitecture, *, place: Placement) -> MTPDraft:
+    """The module; which of the two its resolved configuration says."""
+    draft_class = MiMoDraft if config.eagle_architecture_config.eagle_aux_hidden_state_layer_ids else MTPDraft
+    return draft_class(config, base, place=place)

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mcore_spec.config import BaseArchitecture, EagleConfig
 from mcore_spec.drafts.draft import Reads
+from mcore_spec.drafts.linear_start import LinearMap
 from mcore_spec.drafts.resolve import resolve_rope
 from mcore_spec.drafts.steps import StepOutput
 from mcore_spec.drafts.stepwise import StepwiseDraft
 from mcore_spec.layers.attention import Rows
 from mcore_spec.layers.decoder import DecoderLayer, LayerShape, init_linear_weights
+from mcore_spec.layers.linear import ShardedLinear, project_sharded_columns
 from mcore_spec.parallel.tensor_parallel import Placement
 
 
+class Joined(NamedTuple):
+    """The two halves of what the first layer is made from; each [s or s/size, b, h], or of a weight [h, h]."""
+
+    embedding: Tensor
+    state: Tensor
+
+
 class RecurrentDraft(StepwiseDraft):
-    """A draft whose state has the form of the base's last hidden state; its head is the base's."""
+    """A draft whose state has the form of the base's last hidden state; its head is the base's.
+
+    Attributes:
+        state_comes_first: in the projection's columns.
+    """
 
     reads: ClassVar[Reads] = "last"
+    state_comes_first: ClassVar[bool] = False
 
     def __init__(
         self, config: EagleConfig, base: BaseArchitecture, *, first_input_norm: bool, place: Placement
@@ -45,9 +60,44 @@ class RecurrentDraft(StepwiseDraft):
         """Normal matrices with standard deviation ``initializer_range``; norms one."""
         init_linear_weights(self, std=self.architecture.initializer_range, seed=seed)
 
+    @property
+    def projection(self) -> ShardedLinear:
+        """What joins embedding and state, [h, 2h]."""
+        raise NotImplementedError
+
+    def prepare(self, embedding: Tensor, state: Tensor) -> Joined:
+        """Both as the projection reads them."""
+        return Joined(embedding, state)
+
     def join(self, embedding: Tensor, state: Tensor) -> Tensor:
         """The input of the first layer."""
-        raise NotImplementedError
+        joined = torch.cat(self._in_order(self.prepare(embedding, state)), dim=-1)
+        return project_sharded_columns(self.projection, joined)
+
+    def _in_order(self, joined: Joined) -> tuple[Tensor, Tensor]:
+        """In the order of the projection's columns."""
+        return (joined.state, joined.embedding) if self.state_comes_first else (joined.embedding, joined.state)
+
+    def linear_inputs(self, features: Tensor, embedding: Tensor) -> Tensor:
+        """What the projection reads, the state first, [s or s/size, b, 2h]."""
+        joined = self.prepare(embedding, features)
+        return torch.cat((joined.state, joined.embedding), dim=-1)
+
+    def take_final_norm(self, final_norm: Tensor) -> Tensor:
+        """Let the last norm be the base's; what the last layer's output is then multiplied by, [h]."""
+        return torch.ones_like(final_norm)
+
+    @torch.no_grad()
+    def linear_start(self, solution: LinearMap, final_norm: Tensor, *, seed: int) -> None:
+        """Be the linear map: the projection is its solution, the layers add nothing, a last norm is the base's."""
+        weight = self.take_final_norm(final_norm).double()
+        unweighted = torch.where(weight.abs() > 1e-6, 1 / weight, 0.0)
+        parts = self._in_order(Joined(solution.embedding * unweighted, solution.features * unweighted))
+        self.projection.load_whole(torch.cat(parts).t())
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
 
     def finish(self, x: Tensor) -> Tensor:
         """The new state from the last layer's output."""

@@ -56,6 +56,8 @@ def resolve_eagle(config: EagleConfig, base: BaseArchitecture) -> EagleConfig:
     }
     if architecture.use_aux_hidden_state:
         values["eagle_aux_hidden_state_layer_ids"] = resolve_aux_layers(architecture, base)
+    if architecture.use_mtp_layernorm:
+        values["eagle_aux_hidden_state_layer_ids"] = _mtp_layers(architecture, base)
     resolved = EagleArchitectureConfig.parse(values, where="eagle_architecture_config")
     _check_sizes(resolved, base)
     if config.eagle_reuse_base_decoder:
@@ -76,6 +78,21 @@ def resolve_aux_layers(architecture: EagleArchitectureConfig, base: BaseArchitec
             f"eagle_aux_hidden_state_layer_ids = {list(ids)}: {wrong} out of range; the base has layers 0 to {last}"
         )
     return ids
+
+
+def _mtp_layers(architecture: EagleArchitectureConfig, base: BaseArchitecture) -> tuple[int, ...]:
+    """What EAGLE-MTP reads: the state after the final norm (DeepSeek-V3), or the last layer's output before it (MiMo).
+
+    Engines know the layer of a base like Qwen2 in MiMo's layout alone.
+    """
+    last_layer = (base.num_layers - 1,)
+    given = architecture.eagle_aux_hidden_state_layer_ids
+    if given not in ((), last_layer):
+        raise ConfigError(
+            f"eagle_aux_hidden_state_layer_ids = {list(given)} with eagle-mtp, which reads one state: give "
+            f"{list(last_layer)} for the last layer's output before the final norm, or leave it out"
+        )
+    return last_layer if base.qkv_bias and not base.qk_norm else given
 
 
 def resolve_rope(architecture: EagleArchitectureConfig, base: BaseArchitecture) -> RopeConfig:

@@ -62,6 +62,7 @@ def run_steps(
     num_layers: int,
     recompute: bool,
     mixing: Mixing | None = None,
+    detach: bool = False,
 ) -> list[StepOutput]:
     """All TTT steps, each fed with the one before.
 
@@ -74,17 +75,18 @@ def run_steps(
             keys and values of earlier steps then, and what it adds the second time is dropped. The ranks'
             collectives run again too, in the order of the first time.
         mixing: no keys of earlier steps, see `_run_mixed_steps`.
+        detach: a step's gradient ends at the state that it reads.
     """
     if recompute:
         one_step = _recomputed(one_step)
     nothing: Past = ((),) * num_layers
     if mixing is not None:
-        return _run_mixed_steps(one_step, state, embeddings, nothing, mixing)
+        return _run_mixed_steps(one_step, state, embeddings, nothing, mixing, detach=detach)
     past, outputs = nothing, []
     for step, embedding in enumerate(embeddings):
         result = one_step(state, embedding, past, step)
         past = tuple((*earlier, new) for earlier, new in zip(past, result.added, strict=True))
-        state = result.output.feedback
+        state = result.output.feedback.detach() if detach else result.output.feedback
         outputs.append(result.output)
     return outputs
 
@@ -100,7 +102,13 @@ def _recomputed(one_step: OneStep) -> OneStep:
 
 
 def _run_mixed_steps(
-    one_step: OneStep, state: Tensor, embeddings: Sequence[Tensor], nothing: Past, mixing: Mixing
+    one_step: OneStep,
+    state: Tensor,
+    embeddings: Sequence[Tensor],
+    nothing: Past,
+    mixing: Mixing,
+    *,
+    detach: bool,
 ) -> list[StepOutput]:
     """Every step plain causal attention over states of which some are the draft's own.
 
@@ -118,8 +126,9 @@ def _run_mixed_steps(
         output = one_step(state, embeddings[0], nothing, 0).output
         outputs.append(StepOutput(*(_moved(tensor, step, mixing) for tensor in output)))
         if step < len(mixing.replaced):
-            replaced = _sequence_share(mixing.replaced[step], mixing.tp)[:, None, None]
-            state = torch.where(replaced, _moved(output.feedback, -1, mixing), state)
+            feedback = output.feedback.detach() if detach else output.feedback
+            replaced = mixing.tp.own_rows(mixing.replaced[step])[:, None, None]
+            state = torch.where(replaced, _moved(feedback, -1, mixing), state)
     return outputs
 
 
@@ -132,9 +141,4 @@ def _moved(tensor: Tensor, distance: int, mixing: Mixing) -> Tensor:
         # Each rank takes other rows of the whole.
         tensor = gather(tensor, SEQUENCE_DIM, tp.group, grad_is_partial=True)
     rows = documents.take(documents.neighbours(distance).to(tensor.device))
-    return documents.join(tensor, with_grad=True).index_select(SEQUENCE_DIM, _sequence_share(rows, tp))
-
-
-def _sequence_share(rows: Tensor, tp: TensorParallel) -> Tensor:
-    """What this rank has of values over the local rows, [s] -> [s or s/size]."""
-    return rows.chunk(tp.size)[tp.rank] if tp.sequence_parallel else rows
+    return documents.join(tensor, with_grad=True).index_select(SEQUENCE_DIM, tp.own_rows(rows))

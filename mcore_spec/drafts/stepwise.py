@@ -46,6 +46,7 @@ class StepwiseDraft(Draft):
         documents: Documents | None = None,
         recompute: bool = False,
         mixing: Mixing | None = None,
+        detach: bool = False,
     ) -> list[StepOutput]:
         """All training-time-test steps.
 
@@ -56,13 +57,16 @@ class StepwiseDraft(Draft):
                 ``None``: each of the b columns is one document.
             recompute: keep no activations of a step; run it again in backward.
             mixing: mix the draft's own states into the features instead of growing keys.
+            detach: a step's gradient ends at the state that it reads.
 
         Returns:
             One output a step.
         """
         one_step = partial(self._training_step, documents=documents)
         state, num_layers = self.start(features), len(self.layers)
-        return run_steps(one_step, state, embeddings, num_layers=num_layers, recompute=recompute, mixing=mixing)
+        return run_steps(
+            one_step, state, embeddings, num_layers=num_layers, recompute=recompute, mixing=mixing, detach=detach
+        )
 
     def _training_step(
         self, state: Tensor, embedding: Tensor, past: Past, step: int, *, documents: Documents | None

@@ -12,12 +12,13 @@ from megatron.core.models.gpt import GPTModel
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.export.directory import atomic_directory
-from mcore_spec.export.draft import plan_draft, write_draft
-from mcore_spec.export.plan import ExportFormat
+from mcore_spec.export.draft import BESIDE_BASE_NAME, plan_draft, write_draft
+from mcore_spec.export.plan import FORMATS_WITH_BASE, ExportFormat
 from mcore_spec.parallel.collectives import group_rank
 from mcore_spec.parallel.layout import run_on_every_rank, run_on_rank_zero
 from mcore_spec.weights.hf_config import to_hf_config
 from mcore_spec.weights.hf_export import export_base
+from mcore_spec.weights.safetensors_io import INDEX_NAME, read_header
 
 # Where the draft lies in a directory that holds the base too.
 DRAFT = "draft"
@@ -37,7 +38,7 @@ def export_base_and_draft(
     Args:
         model: this rank's part.
         record: base and conversion.
-        directory: where to write; the draft comes into ``draft/`` in it.
+        directory: where to write; the draft comes into ``draft/`` in it, or among the base's tensors, as the format is.
         tokenizer_path: directory of the tokenizer's files, copied as they are.
         export_format: of the draft.
         overwrite: replace an earlier export.
@@ -53,7 +54,10 @@ def export_base_and_draft(
     with atomic_directory(directory, record=record, overwrite=overwrite) as partial:
         run_on_every_rank(lambda: export_base(MegatronBase(model), partial) if is_writing else None)
         run_on_rank_zero(lambda: _write_files(partial, config, tokenizer_path))
-        if has_draft:
+        if has_draft and export_format in FORMATS_WITH_BASE:
+            write_draft(model, record, plan, partial, with_base=True)
+            run_on_rank_zero(lambda: _add_to_index(partial))
+        elif has_draft:
             run_on_rank_zero(lambda: (partial / DRAFT).mkdir())
             write_draft(model, record, plan, partial / DRAFT)
 
@@ -72,3 +76,12 @@ def _write_files(directory: Path, config: dict[str, Any], tokenizer_path: Path) 
         for file in tokenizer_path.iterdir():
             shutil.copy2(file, directory / file.name)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _add_to_index(directory: Path) -> None:
+    """Name the draft's tensors where the base's are named; a base in one file has no such list."""
+    path, file = directory / INDEX_NAME, directory / BESIDE_BASE_NAME
+    if path.exists():
+        index = json.loads(path.read_text())
+        index["weight_map"] |= dict.fromkeys(read_header(file), BESIDE_BASE_NAME)
+        path.write_text(json.dumps(index, indent=2) + "\n")

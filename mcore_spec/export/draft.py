@@ -6,23 +6,25 @@ import json
 import math
 from pathlib import Path
 
-from megatron.core.models.gpt import GPTModel
+from torch import nn
 
-from mcore_spec.bases.megatron import MegatronBase
+from mcore_spec.bases.base import Base
 from mcore_spec.checkpoint.record import CheckpointRecord
-from mcore_spec.conversion import conversion_of, find_algorithm
+from mcore_spec.conversion import as_base, conversion_of, find_algorithm
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import ConfigError
 from mcore_spec.export.card import model_card
 from mcore_spec.export.directory import atomic_directory
-from mcore_spec.export.plan import ExportFormat, ExportPlan, PlannedTensors
-from mcore_spec.parallel.collectives import group_rank
+from mcore_spec.export.plan import FORMATS_WITH_BASE, ExportFormat, ExportPlan, PlannedTensors
 from mcore_spec.parallel.layout import run_on_every_rank
-from mcore_spec.weights.safetensors_io import SINGLE_NAME, write_tensors
+from mcore_spec.weights.safetensors_io import write_tensors
+
+# The draft's tensors, where they lie among those of the base.
+BESIDE_BASE_NAME = "draft.safetensors"
 
 
 def export_draft(
-    model: GPTModel,
+    model: nn.Module,
     record: CheckpointRecord,
     directory: Path | str,
     *,
@@ -32,22 +34,33 @@ def export_draft(
     """Write the draft of `model` as a directory for inference engines; all ranks take part.
 
     Args:
-        model: this rank's part, converted.
+        model: converted; of a `GPTModel` this rank's part.
         record: base and conversion.
         directory: where to write.
         export_format: engines' Hugging Face form, or `speculators`'.
         overwrite: replace an earlier export.
 
     Raises:
-        ConfigError: a model without a draft, or a directory that is in the way.
+        ConfigError: a model without a draft, a format that holds the base too, or a directory that is in the way.
         UnsupportedError: a draft that would not serve.
     """
-    plan = plan_draft(model, record, export_format)
+    if export_format in FORMATS_WITH_BASE:
+        raise ConfigError(
+            f"export_format = {export_format!r} is base and draft in one model; export both (leave "
+            "--export-extra-modules out)"
+        )
+    write_planned(model, record, plan_draft(model, record, export_format), directory, overwrite=overwrite)
+
+
+def write_planned(
+    model: nn.Module, record: CheckpointRecord, plan: ExportPlan | None, directory: Path | str, *, overwrite: bool
+) -> None:
+    """Write a planned draft whole or not at all; all ranks take part."""
     with atomic_directory(Path(directory), record=record, overwrite=overwrite) as partial:
         write_draft(model, record, plan, partial)
 
 
-def plan_draft(model: GPTModel, record: CheckpointRecord, export_format: ExportFormat) -> ExportPlan | None:
+def plan_draft(model: nn.Module, record: CheckpointRecord, export_format: ExportFormat) -> ExportPlan | None:
     """What to write, before anything is created: a draft that does not serve leaves no trace.
 
     Returns:
@@ -60,31 +73,44 @@ def plan_draft(model: GPTModel, record: CheckpointRecord, export_format: ExportF
     conversion = conversion_of(model)
     if conversion is None:
         raise ConfigError("the checkpoint has no draft; convert it first, or leave --export-extra-modules out")
-    draft = MegatronBase(model).draft()
+    draft = as_base(model).draft()
     plan = find_algorithm(conversion.algorithm).plan
     return run_on_every_rank(lambda: None if draft is None else plan(draft, record, export_format))
 
 
-def write_draft(model: GPTModel, record: CheckpointRecord, plan: ExportPlan | None, directory: Path) -> None:
+def write_draft(
+    model: nn.Module, record: CheckpointRecord, plan: ExportPlan | None, directory: Path, *, with_base: bool = False
+) -> None:
     """Write the planned files; all ranks take part.
+
+    Args:
+        model: converted; of a `GPTModel` this rank's part.
+        record: base and conversion.
+        plan: of the draft.
+        directory: exists.
+        with_base: the base's files are there: the tensors come into a file of their own, and the plan's configuration
+            into the base's.
 
     Raises:
         OSError: writing failed; on every rank.
     """
-    base = MegatronBase(model)
+    base = as_base(model)
     draft = base.draft()
 
     def write() -> None:
-        if draft is not None and plan is not None and group_rank(model.pg_collection.dp_cp) == 0:
-            _write(directory, plan, draft, base, record)
+        if draft is not None and plan is not None and base.is_writer:
+            _write(directory, plan, draft, base, record, with_base=with_base)
 
     run_on_every_rank(write)
 
 
-def _write(directory: Path, plan: ExportPlan, draft: Draft, base: MegatronBase, record: CheckpointRecord) -> None:
+def _write(
+    directory: Path, plan: ExportPlan, draft: Draft, base: Base, record: CheckpointRecord, *, with_base: bool
+) -> None:
     tensors = PlannedTensors(plan, draft, base)
     specs = tensors.specs()
-    write_tensors(directory / SINGLE_NAME if draft.tp.rank == 0 else None, specs, tensors.gather())
+    file = directory / (BESIDE_BASE_NAME if with_base else plan.weights_file)
+    write_tensors(file if draft.tp.rank == 0 else None, specs, tensors.gather())
     if draft.tp.rank > 0:
         return
     num_parameters = sum(math.prod(spec.shape) for spec in specs if spec.dtype.is_floating_point)
@@ -92,4 +118,6 @@ def _write(directory: Path, plan: ExportPlan, draft: Draft, base: MegatronBase, 
     (directory / "README.md").write_text(card)
     for name, text in plan.extra_files.items():
         (directory / name).write_text(text)
-    (directory / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
+    path = directory / "config.json"
+    config = {**json.loads(path.read_text()), **plan.config} if with_base else plan.config
+    path.write_text(json.dumps(config, indent=2) + "\n")

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mcore_spec.bases.megatron import MegatronBase
+from mcore_spec.bases.base import Base
 from mcore_spec.checkpoint.record import CheckpointRecord
+from mcore_spec.config import ExportFormat
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import UnsupportedError
 from mcore_spec.parallel.sharding import Shard, ShardedTensorEntry, gather_whole, sharded_tensors, whole_shape
 from mcore_spec.weights.draft_names import Table, stored_name
-from mcore_spec.weights.safetensors_io import TensorSpec
+from mcore_spec.weights.safetensors_io import SINGLE_NAME, TensorSpec
 
-ExportFormat = Literal["hf", "speculators"]
+# In which the draft's tensors lie among those of the base, in one model.
+FORMATS_WITH_BASE: tuple[ExportFormat, ...] = ("mimo",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ class ExportPlan:
         computed: further tensors, held whole.
         serve: engine -> command that serves the directory; ``{base}`` and ``{draft}`` are paths.
         extra_files: name -> text of further files.
+        weights_file: name of the file that holds the tensors.
         remarks: what a user of the directory must know.
     """
 
@@ -42,13 +45,14 @@ class ExportPlan:
     computed: dict[str, Tensor] = field(default_factory=dict)
     serve: dict[str, str] = field(default_factory=dict)
     extra_files: dict[str, str] = field(default_factory=dict)
+    weights_file: str = SINGLE_NAME
     remarks: tuple[str, ...] = ()
 
 
 class PlannedTensors:
     """The tensors of a plan, on the ranks of the last stage: first their shapes, then one by one."""
 
-    def __init__(self, plan: ExportPlan, draft: Draft, base: MegatronBase) -> None:
+    def __init__(self, plan: ExportPlan, draft: Draft, base: Base) -> None:
         """List them; nothing is gathered.
 
         Args:
@@ -78,14 +82,33 @@ class PlannedTensors:
         yield from self._computed.items()
 
 
+def check_format(export_format: ExportFormat, draft: Draft, known: Sequence[ExportFormat]) -> None:
+    """Refuse a format that does not know this kind of draft.
+
+    Raises:
+        UnsupportedError: it is none of the known ones.
+    """
+    if export_format not in known:
+        raise UnsupportedError(
+            f"export_format = {export_format!r} has no form for {draft.label} drafts; choose {' or '.join(known)}"
+        )
+
+
 def check_hf(export_format: ExportFormat, draft: Draft) -> None:
     """For drafts that only the engines' own form can say.
 
     Raises:
         UnsupportedError: another format.
     """
-    if export_format != "hf":
-        raise UnsupportedError(f"export_format = {export_format!r} has no form for {draft.label} drafts; choose hf")
+    check_format(export_format, draft, ("hf",))
+
+
+def format_of(config: Mapping[str, Any]) -> ExportFormat:
+    """In which format the directory with this ``config.json`` is."""
+    if "speculators_model_type" in config:
+        return "speculators"
+    # Its names are those of FasterDecoding too.
+    return "tensorrt-llm" if "num_medusa_heads" in config else "hf"
 
 
 def token_ids(record: CheckpointRecord) -> dict[str, Any]:

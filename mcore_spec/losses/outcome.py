@@ -20,6 +20,8 @@ class LossOutput(NamedTuple):
         correct_by_step: counted rows whose draft argmax is the teacher's over the full vocabulary, int64 [K].
         accepted: draft tokens accepted in a row from step 0 on, over all rows, int64 scalar; the simulated
             acceptance length is 1 + accepted / judged_by_step[0].
+        regression_by_step: distance of the draft's states from the base's, where it is part of the loss: sums over the
+            counted rows, without decay, [K]; ``None`` elsewhere.
     """
 
     loss: Tensor
@@ -28,3 +30,4 @@ class LossOutput(NamedTuple):
     judged_by_step: Tensor
     correct_by_step: Tensor
     accepted: Tensor
+    regression_by_step: Tensor | None = None

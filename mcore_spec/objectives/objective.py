@@ -37,6 +37,10 @@ class Task:
         num_steps: tokens that a row proposes, K.
         aux_layer_ids: layers of the base whose outputs the draft reads.
         mixes_hidden_states: whether batches to train on say which rows read the draft's own state.
+        draws_noise: whether they have the keys of noise on the features.
+        regresses_features: whether the loss has a part that measures the draft's states.
+        reports_accuracy: whether the log has the accuracy of each step, and what follows from it.
+        starts_linearly: whether the draft has a start from data (--fit-start).
         make_objective: ``make_objective(base, draft, recompute=...)``; `recompute`: compute the activations of each
             step again in backward.
     """
@@ -45,6 +49,10 @@ class Task:
     make_objective: MakeObjective
     aux_layer_ids: tuple[int, ...] = ()
     mixes_hidden_states: bool = False
+    draws_noise: bool = False
+    regresses_features: bool = False
+    reports_accuracy: bool = True
+    starts_linearly: bool = False
 
 
 MakeTask: TypeAlias = Callable[[Any], Task]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,26 +25,27 @@ def teacher_rows(features: Features, documents: Documents, tp: TensorParallel) -
 
 
 @torch.no_grad()
-def relate_vocabularies(base: Base, own_head: VocabularyHead | None, token_ids: Tensor | None) -> Vocabulary:
+def relate_vocabularies(base: Base, own_heads: Sequence[VocabularyHead], token_ids: Tensor | None) -> Vocabulary:
     """The heads of both sides; every rank of the last stage's tensor-parallel group must call.
 
     Args:
         base: the teacher.
-        own_head: the draft's head; ``None``: the base's.
+        own_heads: the draft's head, or one a step; none: the base's.
         token_ids: base id of each entry of a reduced draft vocabulary; ``None``: the whole vocabulary.
     """
-    head = base.head_weight()
-    own = None if own_head is None else own_head.weight
-    rows = None
-    if own_head is not None and base.tp.size > 1 and (token_ids is not None or own_head.weight.shape != head.shape):
-        # The base's rows of these entries lie on other ranks.
-        first, num_rows = own_head.first_row, own_head.num_valid_rows()
-        ids = torch.arange(own_head.vocab_size, device=head.device) if token_ids is None else token_ids
-        rows = base.head_rows(ids, first=first, stop=first + num_rows)
+    head, rows = base.head_weight(), None
+    own: Tensor | tuple[Tensor, ...] = head
+    if own_heads:
+        own = own_heads[0].weight if len(own_heads) == 1 else tuple(each.weight for each in own_heads)
+        first = own_heads[0]
+        if base.tp.size > 1 and (token_ids is not None or first.weight.shape != head.shape):
+            # The base's rows of these entries lie on other ranks.
+            ids = torch.arange(first.vocab_size, device=head.device) if token_ids is None else token_ids
+            rows = base.head_rows(ids, first=first.first_row, stop=first.first_row + first.num_valid_rows())
     return Vocabulary(
         teacher_head=head,
         vocab_size=base.architecture.vocab_size,
-        student_head=head if own is None else own,
+        student_head=own,
         draft_to_target=token_ids,
         teacher_rows=rows,
         tp=base.tp,

@@ -76,6 +76,10 @@ class TensorParallel:
             return reduce_scatter(partial, SEQUENCE_DIM, self.group)
         return reduce_from_group(partial, self.group)
 
+    def own_rows(self, values: Tensor) -> Tensor:
+        """Values over all rows -> this rank's outside of the parallel regions, [s, ...] -> [s or s/size, ...]."""
+        return values.chunk(self.size)[self.rank] if self.sequence_parallel else values
+
     def replicated(self, weight: Tensor) -> Tensor:
         """A replicated weight that is applied outside of the parallel regions.
 

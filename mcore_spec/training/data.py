@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
@@ -62,11 +63,19 @@ class Conversations:
             )
         return num_iterations
 
+    def num_fit_batches(self, *, num_rows: int) -> int:
+        """Global batches that hold about so many rows to learn from; of the run's own, and of its first epoch."""
+        samples = self._stream(is_train=True).samples_per_epoch(0)
+        rows = self.store.counts.masked_tokens * len(self.split.train) / len(self.store)
+        rows_per_batch = rows / samples * self.global_batch_size
+        wanted = math.ceil(num_rows / rows_per_batch)
+        return min(wanted, self.num_iterations, math.ceil(samples / self.global_batch_size))
+
     def batches(self, model: GPTModel, step: DraftStep) -> TrainingData:
         """What this rank trains and validates on."""
         config, group = self.config, model.pg_collection.dp
 
-        def share(stream: SampleStream, mixing_seed: int | None = None) -> DataParallelBatches:
+        def share(stream: SampleStream, **seeds: int | None) -> DataParallelBatches:
             return DataParallelBatches(
                 stream,
                 global_batch_size=self.global_batch_size,
@@ -75,7 +84,7 @@ class Conversations:
                 data_size=group.size(),
                 num_steps=step.num_steps,
                 row_multiple=step.row_multiple,
-                mixing_seed=mixing_seed,
+                **seeds,
             )
 
         multiple = step.document_multiple
@@ -84,9 +93,13 @@ class Conversations:
             valid = share(self._stream(is_train=False, document_multiple=multiple))
             assert valid.num_batches is not None
             num_valid = min(valid.num_batches, config.eval_iters)
-        mixing_seed = config.seed if step.task.mixes_hidden_states else None
+        train = share(
+            self._stream(is_train=True, document_multiple=multiple),
+            mixing_seed=config.seed if step.task.mixes_hidden_states else None,
+            noise_seed=config.seed if step.task.draws_noise else None,
+        )
         return TrainingData(
-            train=share(self._stream(is_train=True, document_multiple=multiple), mixing_seed),
+            train=train,
             valid=valid,
             num_valid_batches=num_valid,
             settings=self._settings(),

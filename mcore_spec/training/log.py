@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,10 @@ from mcore_spec.errors import ConfigError
 
 LOG_NAME = "train_log.jsonl"
 CURVES_NAME = "curves.png"
+# Holds the name by which Weights & Biases and trackio know the run.
+RUN_ID_NAME = "run_id.txt"
+# What is imported for a logger, where it is not called like the logger.
+_MODULES = {"tensorboard": "torch.utils.tensorboard"}
 # Before the names of figures that were measured on the validation conversations.
 VALIDATION = "validation_"
 
@@ -73,8 +78,7 @@ class TensorBoardLogger:
 
     def __init__(self, directory: Path, *, iteration: int) -> None:
         """Open ``DIR/tensorboard``, where what stands behind `iteration` is no longer shown."""
-        module = _import("torch.utils.tensorboard", "tensorboard")
-        self._writer = module.SummaryWriter(str(directory / "tensorboard"), purge_step=iteration + 1)
+        self._writer = _import("tensorboard").SummaryWriter(str(directory / "tensorboard"), purge_step=iteration + 1)
 
     def write(self, entry: Entry) -> None:
         """Write each figure under its name."""
@@ -89,16 +93,31 @@ class TensorBoardLogger:
 class RunLogger:
     """Weights & Biases, or trackio, which has the same calls."""
 
-    def __init__(self, name: str, directory: Path, settings: Mapping[str, Any]) -> None:
-        """Start a run.
+    def __init__(self, name: str, directory: Path, settings: Mapping[str, Any], *, run_id: str) -> None:
+        """Start a run, or go on with the one of this id.
 
         Args:
             name: ``wandb`` or ``trackio``.
-            directory: names the run.
+            directory: names the run; Weights & Biases keeps its files in ``DIR/wandb``.
             settings: recorded with it.
+            run_id: tells the run from others of the same name.
+
+        Raises:
+            ConfigError: Weights & Biases does not let the run begin.
         """
-        self._module = _import(name, name)
-        self._module.init(project="mcore_spec", name=directory.name, config=dict(settings))
+        self._module = _import(name)
+        common = {"project": "mcore_spec", "config": dict(settings), "resume": "allow"}
+        if name == "trackio":
+            # It knows a run by its name alone.
+            self._module.init(name=f"{directory.name}-{run_id}", **common)
+            return
+        try:
+            self._module.init(name=directory.name, id=run_id, dir=str(directory), **common)
+        except self._module.Error as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"--logger wandb: {reason} (`wandb login` logs in; WANDB_MODE=offline keeps the run in {directory})"
+            ) from error
 
     def write(self, entry: Entry) -> None:
         """Log each figure under its name."""
@@ -109,11 +128,18 @@ class RunLogger:
         self._module.finish()
 
 
-def _import(name: str, package: str) -> Any:
+def _import(name: str) -> Any:
+    """The module of a logger, which is called like the package that it needs."""
     try:
-        return import_module(name)
+        return import_module(_MODULES.get(name, name))
     except ImportError as error:
-        raise ConfigError(f"--logger {package} needs the package {package}: pip install {package} ({error})") from error
+        raise ConfigError(f"--logger {name} needs the package {name}: pip install {name} ({error})") from error
+
+
+def _run_id(directory: Path, *, iteration: int) -> str:
+    """The id of the run in `directory`, a new one where it begins; a run that is gone on with stays one run."""
+    path = directory / RUN_ID_NAME
+    return path.read_text().strip() if iteration > 0 and path.exists() else uuid.uuid4().hex[:8]
 
 
 def scalars(entry: Entry) -> dict[str, float]:
@@ -134,26 +160,37 @@ def check_loggers(names: Sequence[str]) -> None:
         ConfigError: a package is not installed.
     """
     for name in names:
-        _import("torch.utils.tensorboard" if name == "tensorboard" else name, name)
+        _import(name)
 
 
 def open_loggers(names: Sequence[str], directory: Path, *, iteration: int, settings: Mapping[str, Any]) -> list[Logger]:
     """``train_log.jsonl`` and the named ones.
 
+    Args:
+        names: of `mcore_spec.config.training.LOGGERS`.
+        directory: where the checkpoints go.
+        iteration: that the run goes on from; 0 where it begins.
+        settings: recorded with the run.
+
     Raises:
-        ConfigError: a logger's package is not installed.
+        ConfigError: a logger's package is not installed, or does not let the run begin.
     """
-    others: list[Logger] = [
-        TensorBoardLogger(directory, iteration=iteration)
-        if name == "tensorboard"
-        else RunLogger(name, directory, settings)
-        for name in names
-    ]
+    directory.mkdir(parents=True, exist_ok=True)
+    run_names = [name for name in names if name != "tensorboard"]
+    run_id = _run_id(directory, iteration=iteration)
+    others: list[Logger] = [RunLogger(name, directory, settings, run_id=run_id) for name in run_names]
+    if run_names:
+        (directory / RUN_ID_NAME).write_text(f"{run_id}\n")
+    if "tensorboard" in names:
+        others.append(TensorBoardLogger(directory, iteration=iteration))
     return [JsonLinesLogger(directory, iteration=iteration), *others]
 
 
 class ProgressBar:
-    """One line that shows where the run is; nothing on ranks other than the first, and nothing in a pipe."""
+    """One line that shows where the run is; nothing on ranks other than the first, and nothing in a pipe.
+
+    The figures of three steps fit into 80 columns; a wider terminal has a longer bar.
+    """
 
     def __init__(self, *, num_iterations: int, iteration: int, is_shown: bool) -> None:
         """Draw the bar at `iteration`."""
@@ -161,8 +198,7 @@ class ProgressBar:
         self._bar = tqdm(
             total=num_iterations,
             initial=iteration,
-            unit="it",
-            desc="train",
+            bar_format="{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
             disable=not (is_shown and sys.stderr.isatty()),
             dynamic_ncols=True,
         )
@@ -174,15 +210,20 @@ class ProgressBar:
     def note(self, text: str) -> None:
         """Say something that is no figure, above the bar."""
         if self._is_shown:
-            tqdm.write(text, file=sys.stderr)
+            say_above_bar(text)
 
     def show(self, entry: Entry) -> None:
         """Put the newest figures behind the bar."""
-        self._bar.set_postfix_str(brief(entry))
+        self._bar.set_postfix_str(_briefest(entry))
 
     def close(self) -> None:
         """Leave the bar as it is."""
         self._bar.close()
+
+
+def say_above_bar(text: str) -> None:
+    """Write a line to stderr without breaking a bar that is shown there."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def brief(entry: Entry) -> str:
@@ -194,12 +235,22 @@ def brief(entry: Entry) -> str:
     prefix = "" if "loss" in entry else VALIDATION
     if entry[f"{prefix}loss"] is None:
         return "no step counted: none had a finite gradient and rows in the loss"
-    accuracy = " ".join(f"{each:.3f}" for each in entry[f"{prefix}accuracy"])
-    text = (
-        f"{prefix.replace('_', ' ')}loss {entry[f'{prefix}loss']:.4f}, accuracy {accuracy}, "
-        f"acceptance length {entry[f'{prefix}simulated_acceptance_length']:.3f}"
-    )
+    text = f"{prefix.replace('_', ' ')}loss {entry[f'{prefix}loss']:.4f}"
+    if f"{prefix}accuracy" in entry:
+        accuracy = " ".join(f"{each:.3f}" for each in entry[f"{prefix}accuracy"])
+        text += f", accuracy {accuracy}, acceptance length {entry[f'{prefix}simulated_acceptance_length']:.3f}"
     return text if prefix else f"{text}, {entry['tokens_per_second']:,.0f} tokens/s"
+
+
+def _briefest(entry: Entry) -> str:
+    """Figures of an entry of training, for a line that holds more than them; accuracy in per cent."""
+    if entry["loss"] is None:
+        return "no step counted"
+    text = f"loss {entry['loss']:.3f}"
+    if "accuracy" in entry:
+        accuracy = " ".join(f"{100 * each:.0f}" for each in entry["accuracy"])
+        text += f", acc {accuracy} %, AL {entry['simulated_acceptance_length']:.2f}"
+    return f"{text}, {entry['tokens_per_second']:,.0f} tok/s"
 
 
 def draw_curves(directory: Path) -> Path | None:
@@ -220,10 +271,11 @@ def draw_curves(directory: Path) -> Path | None:
     axes = figure.subplots(1, 3)
     iterations = [entry["iteration"] for entry in entries]
     axes[0].plot(iterations, [entry["loss"] for entry in entries])
-    for step in range(len(entries[0]["accuracy"])):
-        axes[1].plot(iterations, [entry["accuracy"][step] for entry in entries], label=f"step {step}")
-    axes[1].legend()
-    axes[2].plot(iterations, [entry["simulated_acceptance_length"] for entry in entries])
+    if "accuracy" in entries[0]:
+        for step in range(len(entries[0]["accuracy"])):
+            axes[1].plot(iterations, [entry["accuracy"][step] for entry in entries], label=f"step {step}")
+        axes[1].legend()
+        axes[2].plot(iterations, [entry["simulated_acceptance_length"] for entry in entries])
     for axis, title in zip(axes, ("loss", "accuracy", "simulated acceptance length"), strict=True):
         axis.set_title(title)
         axis.set_xlabel("iteration")

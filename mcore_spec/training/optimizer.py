@@ -8,7 +8,7 @@ data- and context-parallel ranks by its `DistributedDataParallel`, and divided o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -53,38 +53,49 @@ class StepResult(NamedTuple):
 
 
 def _overrides(
-    model: GPTModel, config: TrainingConfig, optimizer_config: OptimizerConfig
+    model: GPTModel, config: TrainingConfig, optimizer_config: OptimizerConfig, *, feature_size: float | None
 ) -> dict[ParamKey, ParamGroupOverride]:
     """megatron-core's own (no decay on norms and biases), and the learning rate of matrices.
 
     Adam's step of a matrix entry is as large as the learning rate, and a product sums over as many entries as the
     model is wide: the rate that moves outputs equally far falls with the width (Yang et al., arXiv 2203.03466). A head
     of the draft's own starts as the base's rows and is left at the rate for vectors.
+
+    A least-squares start is near a solution already, which such rates would leave. There only fc differs: it reads the
+    base's residual stream, whose numbers are not of size one, and its outputs move in proportion to them.
     """
     overrides = get_standard_config_overrides(optimizer_config)
-    if config.lr_scaling == "width":
-        draft = MegatronBase(model).draft()
-        heads = set() if draft is None else {id(head.weight) for head in draft.own_heads()}
-
-        def is_scaled(parameter: nn.Parameter, _name: str) -> bool:
-            return parameter.dim() > 1 and id(parameter) not in heads
-
+    draft = MegatronBase(model).draft()
+    if config.lr_scaling == "none" or draft is None:
+        return overrides
+    if config.lr_scaling == "auto" and feature_size is not None:
+        projection = draft.feature_projection()
+        key, factor = _matrices("fc", lambda parameter: parameter is projection), 1 / feature_size
+    else:
+        heads = {id(head.weight) for head in draft.own_heads()}
+        key = _matrices("matrices of the draft", lambda parameter: parameter.dim() > 1 and id(parameter) not in heads)
         factor = REFERENCE_WIDTH / model.config.hidden_size
-        key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="matrices of the draft", fn=is_scaled))
-        overrides[key] = ParamGroupOverride(max_lr=factor * config.lr, min_lr=factor * config.min_lr)
+    overrides[key] = ParamGroupOverride(max_lr=factor * config.lr, min_lr=factor * config.min_lr)
     return overrides
+
+
+def _matrices(name: str, is_meant: Callable[[nn.Parameter], bool]) -> ParamKey:
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=lambda parameter, _: is_meant(parameter)))
 
 
 class DraftOptimizer:
     """AdamW on this rank's trainable parameters, of which all but the last pipeline stage have none."""
 
-    def __init__(self, model: GPTModel, config: TrainingConfig, *, num_iterations: int) -> None:
+    def __init__(
+        self, model: GPTModel, config: TrainingConfig, *, num_iterations: int, feature_size: float | None = None
+    ) -> None:
         """Wrap the model and allocate gradient buffers and moments.
 
         Args:
             model: this rank's part, converted.
             config: rates and decay.
             num_iterations: steps of the whole run, at the end of which the learning rate is the lowest.
+            feature_size: mean size of the features behind a least-squares start; ``None``: there was none.
         """
         self.model, self.config, self.num_steps = model, config, 0
         self.is_distributed = (
@@ -112,7 +123,9 @@ class DraftOptimizer:
         )
         with nullcontext() if torch.cuda.is_available() else cpu_runtime.tensor_types_of_cuda():
             self.optimizer = get_megatron_optimizer(
-                optimizer_config, [self.ddp], config_overrides=_overrides(model, config, optimizer_config)
+                optimizer_config,
+                [self.ddp],
+                config_overrides=_overrides(model, config, optimizer_config, feature_size=feature_size),
             )
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -128,10 +141,6 @@ class DraftOptimizer:
             wd_incr_style="constant",
         )
         self.schedule(0)
-
-    def take_weights(self) -> None:
-        """Let the main weights be the model's, behind a change of those."""
-        self.optimizer.reload_model_params()
 
     def zero_grad(self) -> None:
         """Forget the gradients; before the first micro-batch of a step."""

@@ -13,6 +13,10 @@ import torch.distributed as dist
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class StoppedEarly(Exception):
+    """A run was asked to stop before its first step: there is nothing to save."""
+
+
 class StopRequest:
     """Whether this process was asked to stop."""
 

@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-from mcore_spec.bases.features import Features
+from mcore_spec.bases.features import Features, features_for
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.conversion import conversion_of, find_algorithm
@@ -18,7 +18,7 @@ from mcore_spec.data.batch import Batch
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import ConfigError
 from mcore_spec.losses.outcome import LossOutput
-from mcore_spec.objectives.objective import Objective
+from mcore_spec.objectives.objective import Objective, Task
 from mcore_spec.objectives.rows import teacher_rows
 from mcore_spec.parallel.collectives import Group, gather_without_grad
 from mcore_spec.parallel.documents import Documents
@@ -101,9 +101,8 @@ class DraftStep:
         if features is None:
             return None
         assert self.draft is not None
-        assert features.aux is not None
         embedding = self.base.embed(documents.take(batch.step_token_ids, 1)[:1])
-        inputs = self.draft.linear_inputs(features.aux, embedding)
+        inputs = self.draft.linear_inputs(features_for(self.draft, features), embedding)
         if self.base.tp.sequence_parallel:
             inputs = gather_without_grad(inputs, SEQUENCE_DIM, self.base.tp.group)
         rows = documents.take(batch.counted, 1)[0].nonzero()[:, 0]
@@ -117,8 +116,11 @@ class DraftStep:
         return BaseRun(documents, features)
 
 
-def check_trainable(record: CheckpointRecord) -> None:
+def check_trainable(record: CheckpointRecord) -> Task:
     """Refuse a checkpoint whose draft `DraftStep` would refuse, before any weight is read.
+
+    Returns:
+        What its training takes.
 
     Raises:
         ConfigError: there is no draft.
@@ -127,7 +129,7 @@ def check_trainable(record: CheckpointRecord) -> None:
     if record.conversion is None:
         raise ConfigError(f"the checkpoint of {record.identity.source} has no draft; attach one first (convert)")
     algorithm = find_algorithm(record.conversion.algorithm)
-    algorithm.task(algorithm.config_class.parse(record.conversion.config))
+    return algorithm.task(algorithm.config_class.parse(record.conversion.config))
 
 
 def _mark_shards(draft: Draft) -> None:

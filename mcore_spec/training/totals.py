@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,27 +18,28 @@ class Totals:
 
     Attributes:
         sums: float64 [4 K + 3]: for each TTT step loss, rows in the loss, judged rows and correct rows; then the
-            decayed loss, the accepted tokens, and the tokens that went in. One vector, so that one collective
-            adds it.
+            decayed loss, the accepted tokens, and the tokens that went in. Where the loss measures the draft's states,
+            [5 K + 3]: their distance for each step behind that. One vector, so that one collective adds it.
+        num_steps: TTT steps, K.
     """
 
     sums: Tensor
+    num_steps: int
 
     @classmethod
-    def zeros(cls, num_steps: int, *, device: torch.device) -> Totals:
+    def zeros(cls, num_steps: int, *, device: torch.device, regresses_features: bool = False) -> Totals:
         """Nothing counted yet."""
-        return cls(torch.zeros(4 * num_steps + 3, dtype=torch.float64, device=device))
-
-    @property
-    def num_steps(self) -> int:
-        """TTT steps."""
-        return (self.sums.shape[0] - 3) // 4
+        num_sums = (5 if regresses_features else 4) * num_steps + 3
+        return cls(torch.zeros(num_sums, dtype=torch.float64, device=device), num_steps)
 
     def add(self, output: LossOutput, *, num_tokens: int) -> None:
         """Count one micro-batch of `num_tokens` tokens."""
-        parts = (output.loss_by_step, output.rows_by_step, output.judged_by_step, output.correct_by_step)
+        parts = [output.loss_by_step, output.rows_by_step, output.judged_by_step, output.correct_by_step]
         scalars = torch.stack((output.loss.detach().double(), output.accepted.double()))
-        self.sums += torch.cat((*(part.double() for part in parts), scalars, scalars.new_tensor([num_tokens])))
+        parts += [scalars, scalars.new_tensor([num_tokens])]
+        if output.regression_by_step is not None:
+            parts.append(output.regression_by_step)
+        self.sums += torch.cat([part.double() for part in parts])
 
     def add_totals(self, other: Totals) -> None:
         """Count what `other` counted."""
@@ -63,19 +65,26 @@ class Totals:
     @property
     def num_tokens(self) -> int:
         """Tokens that went in, padding left out."""
-        return int(self.sums[-1])
+        return int(self.sums[4 * self.num_steps + 2])
 
     def means(self) -> Means:
         """The figures that a user reads."""
         steps = self.num_steps
         loss_sums, rows, judged, correct = self.sums[: 4 * steps].view(4, steps)
-        loss, accepted = self.sums[4 * steps : -1].tolist()
+        loss, accepted, _ = self.sums[4 * steps : 4 * steps + 3].tolist()
+        # Every counted row has a distance, none is dropped for its token.
+        distances = self.sums[4 * steps + 3 :] / judged.clamp(min=1) if self._regresses else None
         return Means(
             loss=loss / max(float(judged[0]), 1.0),
             loss_by_step=(loss_sums / rows.clamp(min=1)).tolist(),
             accuracy=(correct / judged.clamp(min=1)).tolist(),
             simulated_acceptance_length=1.0 + accepted / max(float(judged[0]), 1.0),
+            regression_by_step=None if distances is None else distances.tolist(),
         )
+
+    @property
+    def _regresses(self) -> bool:
+        return self.sums.shape[0] > 4 * self.num_steps + 3
 
 
 @dataclass(frozen=True)
@@ -87,9 +96,16 @@ class Means:
         loss_by_step: mean loss of each TTT step's rows, in nats.
         accuracy: fraction of each step's rows on which the draft's best token is the base's.
         simulated_acceptance_length: 1 + accepted tokens of a row, were the data what the base would say.
+        regression_by_step: mean distance of the draft's states from the base's; ``None`` where the loss has none.
     """
 
     loss: float
     loss_by_step: list[float]
     accuracy: list[float]
     simulated_acceptance_length: float
+    regression_by_step: list[float] | None = None
+
+    def figures(self, *, with_accuracy: bool = True) -> dict[str, Any]:
+        """By name, for the log; without what this draft has not."""
+        unwanted = () if with_accuracy else ("accuracy", "simulated_acceptance_length")
+        return {name: value for name, value in asdict(self).items() if value is not None and name not in unwanted}

@@ -19,10 +19,10 @@ from mcore_spec.data.document import Document
 from mcore_spec.errors import CheckpointError, ConfigError, TrainingError
 from mcore_spec.parallel.layout import is_rank_zero, run_on_every_rank
 from mcore_spec.training.acceptance import AcceptanceCheck
-from mcore_spec.training.linear_start import fit_linear_start
+from mcore_spec.training.linear_start import check_linear_start, fit_linear_start
 from mcore_spec.training.log import VALIDATION, Entry, Logger, ProgressBar
 from mcore_spec.training.optimizer import DraftOptimizer, StepResult
-from mcore_spec.training.signals import StopRequest, stop_on_signal
+from mcore_spec.training.signals import StoppedEarly, StopRequest, stop_on_signal
 from mcore_spec.training.step import DraftStep
 from mcore_spec.training.totals import Means, Totals
 
@@ -85,46 +85,56 @@ class Trainer:
         global_batch_size: int,
         tokenizer_files: list[Path] | None = None,
         end_ids: Sequence[int] = (),
+        resume_from: Checkpoint | None = None,
     ) -> None:
-        """Allocate the optimizer.
+        """Set the draft's first weights where they come from the data, and allocate the optimizer.
 
         Args:
             model: this rank's part, converted.
             make_data: from the model and its step; the same on every rank but for the data-parallel share.
             config: of the run.
-            record: base and conversion, for the checkpoints.
+            record: base and conversion, for the checkpoints; and the run that the draft was trained in, if it was.
             save: directory of the checkpoints.
             num_iterations: optimizer steps of the whole run.
             global_batch_size: samples in a step.
             tokenizer_files: carried along in the checkpoints.
             end_ids: tokens that end an answer, for measuring acceptance.
+            resume_from: go on where this was saved; the model must have been loaded from it.
 
         Raises:
-            ConfigError: a model without a draft.
-            CheckpointError: weights that are not finite.
+            ConfigError: a model without a draft, or data in another order than `resume_from`'s.
+            CheckpointError: weights that are not finite, or `resume_from` holds no training state.
             UnsupportedError: a draft that cannot be trained.
+            StoppedEarly: on every rank, if one was told to end while the first weights were made.
         """
         self.model, self.config, self.record = model, config, record
         self.save_directory, self.num_iterations, self.global_batch_size = save, num_iterations, global_batch_size
         self.tokenizer_files = tokenizer_files or []
         run_on_every_rank(lambda: _check_finite(model))
         self.step = DraftStep(model, recompute=config.recompute_granularity == "draft")
+        check_linear_start(self.step.task, num_batches=config.fit_start)
         self.data = make_data(model, self.step)
         self.acceptance: AcceptanceCheck | None = None
         if config.eval_acceptance_interval is not None:
             self.acceptance = AcceptanceCheck(
                 model, self.data.questions, num_steps=self.step.num_steps, end_ids=end_ids
             )
-        self.optimizer = DraftOptimizer(model, config, num_iterations=num_iterations)
-        self.progress = Progress()
         self.device = next(model.parameters()).device
-        self.since_log = Totals.zeros(self.step.num_steps, device=self.device)
+        if resume_from is not None:
+            self._check_resumable(resume_from)
+        is_fitted = resume_from is None and bool(config.fit_start)
+        self.feature_size = self._fit_start() if is_fitted else _feature_size(record)
+        self.optimizer = DraftOptimizer(model, config, num_iterations=num_iterations, feature_size=self.feature_size)
+        self.progress = Progress()
+        self.since_log = self._nothing()
         self._counts_tokens = model.pg_collection.cp.rank() == 0
         self._newest_saved: int | None = None
         self.newest_entry: Entry | None = None
+        if resume_from is not None:
+            self._resume(resume_from)
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue where `checkpoint` was saved; the model must have been loaded from it.
+    def _check_resumable(self, checkpoint: Checkpoint) -> None:
+        """Refuse to go on with another run.
 
         Raises:
             CheckpointError: it holds no training state.
@@ -139,6 +149,10 @@ class Trainer:
                     f"{name} = {self.data.settings.get(name)!r}, but the run in {checkpoint.path} began with {value!r}"
                     ": give the same to continue it, or another --save to begin anew"
                 )
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        training = checkpoint.record.training
+        assert training is not None
         self.progress = Progress(**training["progress"])
         self.since_log.sums.copy_(torch.tensor(training["since_log"], dtype=torch.float64))
         state = model_state(self.model)
@@ -160,7 +174,6 @@ class Trainer:
         )
         with stop_on_signal() as stop:
             try:
-                self._fit_start()
                 self._loop(loggers, bar, stop)
             finally:
                 bar.close()
@@ -168,17 +181,18 @@ class Trainer:
                     logger.close()
         return self.progress
 
-    def _fit_start(self) -> None:
-        """The draft's first weights from the first batches, if that is asked for and no step was made yet."""
-        if self.config.fit_start == 0 or self.progress.iteration > 0:
-            return
-        batches = (
-            batch.to(self.device)
-            for index in range(self.config.fit_start)
-            for batch in self.data.train.micro_batches(index)
-        )
-        fit_linear_start(self.model, self.step, batches, seed=self.config.seed)
-        self.optimizer.take_weights()
+    def _fit_start(self) -> float:
+        """The draft's first weights from the first batches; the mean size of what it reads."""
+
+        def batches(stop: StopRequest) -> Iterator[Batch]:
+            for index in range(self.config.fit_start or 0):
+                for batch in self.data.train.micro_batches(index):
+                    yield batch.to(self.device)
+                if stop.is_made_anywhere(self.device):
+                    raise StoppedEarly
+
+        with stop_on_signal() as stop:
+            return fit_linear_start(self.model, self.step, batches(stop), seed=self.config.seed)
 
     def _loop(self, loggers: list[Logger], bar: ProgressBar, stop: StopRequest) -> None:
         clock, num_tokens = _Clock(), self.progress.consumed_tokens
@@ -241,7 +255,7 @@ class Trainer:
 
     def _accumulate(self, batches: Batches, index: int, *, with_grad: bool) -> Totals:
         """Losses, and gradients, of one global batch; the same totals on every rank."""
-        totals = Totals.zeros(self.step.num_steps, device=self.device)
+        totals = self._nothing()
         for batch in batches.micro_batches(index):
             with torch.set_grad_enabled(with_grad):
                 output = self.step(batch.to(self.device))
@@ -254,11 +268,18 @@ class Trainer:
         totals.reduce(data_group=groups.dp_cp, pipeline_group=groups.pp)
         return totals
 
+    def _figures(self, means: Means) -> dict[str, Any]:
+        return means.figures(with_accuracy=self.step.task.reports_accuracy)
+
+    def _nothing(self) -> Totals:
+        task = self.step.task
+        return Totals.zeros(task.num_steps, device=self.device, regresses_features=task.regresses_features)
+
     def evaluate(self) -> Means | None:
         """Figures on the validation batches; ``None`` where there are none."""
         if self.data.valid is None or self.data.num_valid_batches == 0:
             return None
-        totals = Totals.zeros(self.step.num_steps, device=self.device)
+        totals = self._nothing()
         for index in range(self.data.num_valid_batches):
             totals.add_totals(self._accumulate(self.data.valid, index, with_grad=False))
         return totals.means()
@@ -266,11 +287,11 @@ class Trainer:
     def _validate(self, loggers: list[Logger]) -> None:
         means = self.evaluate()
         if means is not None:
-            figures = {f"{VALIDATION}{name}": value for name, value in asdict(means).items()}
+            figures = {f"{VALIDATION}{name}": value for name, value in self._figures(means).items()}
             _write(loggers, {"iteration": self.progress.iteration, **figures})
 
     def _entry(self, result: StepResult, *, speed: float) -> dict[str, Any]:
-        means = asdict(self.since_log.means())
+        means = self._figures(self.since_log.means())
         if self.since_log.num_rows == 0:
             # Every step since the last entry was skipped.
             means = dict.fromkeys(means)
@@ -293,6 +314,7 @@ class Trainer:
         training = {
             "progress": asdict(self.progress),
             "since_log": self.since_log.sums.tolist(),
+            "feature_size": self.feature_size,
             "settings": self.data.settings,
         }
         save_checkpoint(
@@ -331,6 +353,12 @@ class _Clock:
         seconds, self._seconds = self._seconds, 0.0
         self.go_on()
         return seconds
+
+
+def _feature_size(record: CheckpointRecord) -> float | None:
+    """Behind a least-squares start in the run that the draft was trained in before, if there was one."""
+    size: float | None = None if record.training is None else record.training.get("feature_size")
+    return size
 
 
 def _is_due(iteration: int, interval: int | None, *, is_last: bool) -> bool:

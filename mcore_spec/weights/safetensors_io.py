@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -48,11 +48,13 @@ class TensorInfo(NamedTuple):
 class WeightDirectory:
     """The tensors of a Hugging Face directory: a single file, or several with an index."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, below: str = "", without: tuple[str, ...] = ()) -> None:
         """Read and check every header; no data is read.
 
         Args:
             directory: holds ``model.safetensors`` or ``model.safetensors.index.json``.
+            below: take the tensors whose names begin so alone, under the rest of their names.
+            without: beginnings of names that are left out.
 
         Raises:
             CheckpointError: a missing, truncated or damaged file.
@@ -62,6 +64,9 @@ class WeightDirectory:
         self._open: dict[Path, Any] = {}
         for path in self._files():
             self.tensors.update(read_header(path))
+        self._below = below
+        names = [name for name in self.tensors if name.startswith(below) and not name.startswith(without)]
+        self.tensors = {name.removeprefix(below): self.tensors[name] for name in names}
 
     def _files(self) -> list[Path]:
         index = self.directory / INDEX_NAME
@@ -116,18 +121,33 @@ class WeightDirectory:
                 self._open[info.path] = safe_open(info.path, framework="pt")
             except SafetensorError as error:
                 raise CheckpointError(f"{info.path} is damaged ({error}); download it again") from error
-        view = self._open[info.path].get_slice(name)
+        view = self._open[info.path].get_slice(self._below + name)
         return view[start:stop] if dim == 0 else view[:, start:stop]
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and the first bytes of every tensor, whatever the sharding."""
         digest = hashlib.sha256()
         for name, info in sorted(self.tensors.items()):
-            digest.update(f"{name} {_NAMES[info.dtype]} {info.shape}\n".encode())
+            digest.update(_describe(name, info.dtype, info.shape))
             with info.path.open("rb") as file:
                 file.seek(info.start)
                 digest.update(file.read(min(_SAMPLE_BYTES, info.stop - info.start)))
         return digest.hexdigest()
+
+
+@torch.no_grad()
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """What `WeightDirectory.fingerprint` would be of a directory with these tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(_describe(name, tensor.dtype, tuple(tensor.shape)))
+        sample = tensor.detach().flatten()[: -(-_SAMPLE_BYTES // tensor.dtype.itemsize)]
+        digest.update(bytes(sample.cpu().contiguous().view(torch.uint8).numpy().data)[:_SAMPLE_BYTES])
+    return digest.hexdigest()
+
+
+def _describe(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    return f"{name} {_NAMES[dtype]} {shape}\n".encode()
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

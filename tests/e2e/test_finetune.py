@@ -107,6 +107,32 @@ def test_from_conversations_to_an_exported_draft(
     assert all(torch.equal(original[name], exported[name]) for name in original)
 
 
+def test_an_untrained_draft_starts_from_data_a_trained_one_goes_on(
+    run: Run, data: Path, converted: Path, tmp_path: Path
+) -> None:
+    said = "the draft starts as the least-squares solution of 2 global batches"
+
+    def trained(load: Path, name: str, *more: object) -> tuple[bool, float]:
+        words_ = words(load, data, tmp_path / name, "--train-iters", 2, *more)
+        done = run("finetune", *words_)
+        assert done.code == 0, done.err
+        return said in done.out, float(log_of(tmp_path / name)[0]["loss"])
+
+    is_said, fitted = trained(converted, "fitted")
+    assert is_said
+    assert trained(converted, "asked for", "--fit-start", 2) == (True, fitted)
+    is_said, as_converted = trained(converted, "as converted", "--fit-start", 0)
+    assert not is_said
+    assert fitted < as_converted
+    # Behind the first run its weights are kept, and the rates that belong to its start.
+    is_said, _ = trained(tmp_path / "fitted", "again")
+    assert not is_said
+    first, again = (find_checkpoint(tmp_path / name).record.training for name in ("fitted", "again"))
+    assert first is not None
+    assert again is not None
+    assert again["feature_size"] == first["feature_size"] > 0
+
+
 @pytest.mark.parametrize("layout", [("--tensor-model-parallel-size", 2, "--sequence-parallel"), ("--bf16",)])
 def test_two_ranks_under_torchrun_write_one_log(
     layout: tuple[object, ...], run: Run, data: Path, converted: Path, tmp_path: Path

@@ -194,7 +194,13 @@ def test_refusals(run: Run, base: Path, converted: Path, exported: Path, questio
     check_refused(refused(*load, prompts=tmp_path / "none.jsonl"), tmp_path / "none.jsonl")
     other = make_base(tmp_path / "other", vocab_size=VOCAB_SIZE, hidden_size=64)
     check_refused(refused("--base", other, "--draft", exported), "hidden_size = 32", "this base has 64")
-    check_refused(refused("--base", base, "--draft", base), "no mcore_spec_export.json")
+    check_refused(refused("--base", base, "--draft", base), "is no export of this package", "'LlamaForCausalLM'")
+    check_refused(refused("--base", base, "--draft", tmp_path / "none"), "none is no directory")
+    # Before anything is measured, not after it.
+    words = ("validate", *load, "--prompts-path", questions)
+    for done in (run(*words, "--output", tmp_path), run(*words, "--plot", tmp_path / "empty.jsonl" / "a.png")):
+        check_refused(done, tmp_path)
+        assert "passes" not in done.out
     plain = tmp_path / "plain"
     assert run("convert", "--pretrained-model-path", base, "--export-algorithm", "none", "--save", plain).code == 0
     check_refused(refused("--load", plain), "has no draft")

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from mcore_spec.bases.features import features_for
 from mcore_spec.bases.megatron import MegatronBase
+from mcore_spec.config import EagleAlgorithm
 from mcore_spec.data.batch import Batch, make_batch
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.parallel.layout import Layout, parallel_runtime
@@ -18,14 +20,19 @@ from mcore_spec.training.step import DraftStep
 from tests.parallel.training_cases import Case, batches, converted, documents
 
 CASE = Case({"num_hidden_layers": 2})
+RECURRENT: dict[EagleAlgorithm, Case] = {
+    "eagle1": Case({"num_hidden_layers": 2}, member="eagle1"),
+    "eagle-mtp": Case({}, member="eagle-mtp"),
+}
 
 
-def fitted(*, layout: Layout, directory: Path) -> dict[str, Any] | None:
-    """The draft's whole weights, what its head reads in the first row of each document, and the base's final norm."""
+def fitted(*, layout: Layout, directory: Path) -> dict[str, Any]:
+    """The draft's whole weights, what its head reads in the first row of each document, the base's final norm, and the
+    size of the features, which is all that earlier stages know."""
     with parallel_runtime(layout):
         model = converted(directory, layout, CASE)
         step = DraftStep(model)
-        fit_linear_start(model, step, list(batches(model, step, CASE)), seed=3)
+        size = fit_linear_start(model, step, list(batches(model, step, CASE)), seed=3)
         base, firsts = MegatronBase(model), []
         for document in documents():
             tokens = torch.from_numpy(document.token_ids)[None]
@@ -39,9 +46,30 @@ def fitted(*, layout: Layout, directory: Path) -> dict[str, Any] | None:
                 (output,) = step.draft(features.aux, [base.embed(tokens.roll(-1, dims=1))])
             firsts.append(output.hidden[0, 0])
         if step.draft is None:
-            return None
+            return {"size": size}
         whole = {e.name: gather_whole(e.tensor, e.shard, step.draft.tp) for e in sharded_tensors(step.draft)}
-        return {"weights": whole, "firsts": firsts, "final_norm": base.final_norm_weight()}
+        return {"weights": whole, "firsts": firsts, "final_norm": base.final_norm_weight(), "size": size}
+
+
+def fitted_recurrent(*, layout: Layout, directory: Path, member: EagleAlgorithm) -> dict[str, Any]:
+    """The draft's whole weights, where it lives, and what its head reads at step 0 in every row of a document."""
+    case = RECURRENT[member]
+    with parallel_runtime(layout):
+        model = converted(directory, layout, case)
+        step = DraftStep(model)
+        fit_linear_start(model, step, list(batches(model, step, case)), seed=3)
+        if step.draft is None:
+            return {}
+        whole = {e.name: gather_whole(e.tensor, e.shard, step.draft.tp) for e in sharded_tensors(step.draft)}
+        found = {"weights": whole, "final_norm": step.base.final_norm_weight()}
+        if layout == Layout():
+            tokens = torch.from_numpy(documents()[2].token_ids)[None]
+            features = step.base.features(tokens, aux_layer_ids=step.task.aux_layer_ids)
+            assert features is not None
+            with torch.no_grad():
+                (output,) = step.draft(features_for(step.draft, features), [step.base.embed(tokens.roll(-1, dims=1))])
+            found["hidden"] = output.hidden[:, 0]
+        return found
 
 
 def refusals(*, directory: Path) -> list[str]:

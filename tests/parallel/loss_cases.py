@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from mcore_spec.errors import ConfigError
 from mcore_spec.losses.fused import LossOutput, Vocabulary, distillation_loss
@@ -25,7 +26,10 @@ PADDING = 50.0
 
 
 class Case(NamedTuple):
-    """One loss: whole heads without padding, rows at arbitrary positions."""
+    """One loss: whole heads without padding, rows at arbitrary positions.
+
+    A student with a head for each step has them stacked, [steps, vocabulary, h].
+    """
 
     student: list[Tensor]
     teacher: Tensor
@@ -42,6 +46,7 @@ def make_case(
     *,
     reduced: bool = False,
     own_head: bool = False,
+    step_heads: bool = False,
     labels: bool = False,
     keep: bool = False,
     ties: bool = False,
@@ -55,6 +60,7 @@ def make_case(
     Args:
         reduced: a draft vocabulary of `draft_size`, with a head of its own.
         own_head: the whole vocabulary, with a head of its own.
+        step_heads: besides one of the two, a head of its own for each step.
         labels: hard labels.
         keep: out-of-vocabulary rows stay.
         ties: whole numbers, whose products are exact, and every row of both heads stands there twice, in the two
@@ -78,7 +84,8 @@ def make_case(
     student_head = teacher_head
     if reduced or own_head:
         student_head = teacher_head[ids] if ids is not None else teacher_head.clone()
-        student_head = student_head + (0 if ties else 0.1) * normal(*student_head.shape)
+        shape = (NUM_STEPS, *student_head.shape) if step_heads else student_head.shape
+        student_head = student_head + (0 if ties else 0.1) * normal(*shape)
     teacher = normal(NUM_POSITIONS, HIDDEN)
     position = torch.randperm(NUM_POSITIONS, generator=random)[:NUM_ROWS]
     at = position + 1 + torch.arange(NUM_STEPS)[:, None]
@@ -103,7 +110,7 @@ def make_case(
 
 
 class Gradients(NamedTuple):
-    """Of the loss times `UPSTREAM`: one a step, and of the student's head where it is trained."""
+    """Of the loss times `UPSTREAM`: one a step, and of the student's heads, stacked if several, where it is trained."""
 
     student: list[Tensor]
     head: Tensor | None
@@ -121,11 +128,11 @@ def evaluate(case: Case, function: Any, *, padding: int = 0, **options: Any) -> 
     teacher_head = padded(case.teacher_head, case.teacher_head.shape[0] + padding)
     student_head = teacher_head
     if not case.is_shared:
-        student_head = padded(case.student_head, case.student_head.shape[0] + padding).requires_grad_()
+        student_head = padded(case.student_head, case.student_head.shape[-2] + padding).requires_grad_()
     vocabulary = Vocabulary(
         teacher_head=teacher_head,
         vocab_size=case.teacher_head.shape[0],
-        student_head=student_head,
+        student_head=heads_of(student_head),
         draft_to_target=case.draft_to_target,
     )
     student = [hidden.clone().requires_grad_() for hidden in case.student]
@@ -141,11 +148,16 @@ def inputs(case: Case) -> dict[str, Any]:
 
 
 def detached(output: LossOutput) -> LossOutput:
-    return LossOutput(*(value.detach() for value in output))
+    return LossOutput(*(value.detach() for value in output if value is not None))
 
 
 def padded(head: Tensor, num_rows: int) -> Tensor:
-    return torch.cat((head, head.new_full((num_rows - head.shape[0], head.shape[1]), PADDING)))
+    return F.pad(head, (0, 0, 0, num_rows - head.shape[-2]), value=PADDING)
+
+
+def heads_of(head: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """One head, or each of the stacked ones."""
+    return head if head.ndim == 2 else head.unbind()
 
 
 # --- on several ranks -------------------------------------------------------------------------------
@@ -180,20 +192,20 @@ def sharded_loss(
     """
     tp = TensorParallel(group=dist.group.WORLD, sequence_parallel=sequence_parallel)
     case = make_case(**case_options)
-    vocab_size, draft_size = case.teacher_head.shape[0], case.student_head.shape[0]
+    vocab_size, draft_size = case.teacher_head.shape[0], case.student_head.shape[-2]
     multiple = teacher_multiple * tp.size
     teacher_head = cut(padded(case.teacher_head, -(-vocab_size // multiple) * multiple), tp)
     student_head, teacher_rows = teacher_head, None
     if not case.is_shared:
-        student_head = cut(padded(case.student_head, tp.padded(draft_size)), tp).requires_grad_()
-    if case.draft_to_target is not None or student_head.shape != teacher_head.shape:
+        student_head = cut(padded(case.student_head, tp.padded(draft_size)), tp, dim=-2).requires_grad_()
+    if case.draft_to_target is not None or student_head.shape[-2:] != teacher_head.shape:
         draft_ids = torch.arange(vocab_size) if case.draft_to_target is None else case.draft_to_target
-        first = tp.rank * student_head.shape[0]
-        teacher_rows = case.teacher_head[draft_ids[first : first + student_head.shape[0]]]
+        first = tp.rank * student_head.shape[-2]
+        teacher_rows = case.teacher_head[draft_ids[first : first + student_head.shape[-2]]]
     vocabulary = Vocabulary(
         teacher_head=teacher_head,
         vocab_size=vocab_size,
-        student_head=student_head,
+        student_head=heads_of(student_head),
         draft_to_target=case.draft_to_target,
         teacher_rows=teacher_rows,
         tp=tp,
@@ -216,7 +228,7 @@ def sharded_loss(
     grads = [hidden.grad for hidden in student]
     if sequence_parallel:
         grads = [gather_without_grad(grad, 0, tp.group) for grad in grads]
-    head_grad = None if student_head.grad is None else gather_without_grad(student_head.grad, 0, tp.group)
+    head_grad = None if student_head.grad is None else gather_without_grad(student_head.grad, -2, tp.group)
     return Shares(Result(detached(output), Gradients(grads, head_grad)), shapes)
 
 
@@ -238,5 +250,5 @@ def errors_without_teacher_rows() -> list[str]:
     return errors
 
 
-def cut(whole: Tensor, tp: TensorParallel) -> Tensor:
-    return whole.chunk(tp.size)[tp.rank].clone()
+def cut(whole: Tensor, tp: TensorParallel, *, dim: int = 0) -> Tensor:
+    return whole.chunk(tp.size, dim=dim)[tp.rank].clone()

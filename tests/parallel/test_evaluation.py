@@ -323,4 +323,4 @@ def test_refusals(rank_pool: RankPool, directories: Directories) -> None:
     assert "sampling is built for chains" in refusal(eagle3._replace(tree=TREE, temperature=1.0))
     assert "attach one first" in refusal(eagle3._replace(draft=None))
     other = eagle3._replace(draft=directories.root)
-    assert "has no mcore_spec_export.json" in refusal(other)
+    assert "has no config.json" in refusal(other)

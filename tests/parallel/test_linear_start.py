@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from mcore_spec.config import EagleAlgorithm
 from mcore_spec.drafts.linear_start import RIDGE, LinearMap, factor
 from mcore_spec.parallel.layout import Layout
+from tests.parallel.linear_start_cases import RECURRENT
 from tests.parallel.training_cases import documents
 from tests.pool import RankPool
 from tests.tiny import write_hf_model
@@ -35,9 +38,15 @@ def normed(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
 
 
+class Expected(NamedTuple):
+    """Last hidden states that the regression predicts for the first row of each document; the features' mean size."""
+
+    firsts: list[Tensor]
+    size: float
+
+
 @pytest.fixture(scope="module")
-def expected(rank_pool: RankPool, directory: Path) -> list[Tensor]:
-    """Last hidden states that the regression predicts for the first row of each document."""
+def expected(rank_pool: RankPool, directory: Path) -> Expected:
     (inputs,) = rank_pool.run("tests.parallel.training_cases:reference_inputs", world_size=1, directory=directory)
     read, next_states, firsts = [], [], []
     for document, (aux, last) in zip(documents(), inputs["states"], strict=True):
@@ -56,26 +65,76 @@ def expected(rank_pool: RankPool, directory: Path) -> list[Tensor]:
     scale = z.pow(2).sum(0).sqrt()
     rows = torch.cat((z / scale, RIDGE**0.5 * torch.eye(z.shape[1], dtype=z.dtype)))
     solution = torch.linalg.lstsq(rows, torch.cat((y, torch.zeros(z.shape[1], y.shape[1], dtype=y.dtype)))).solution
-    return list(torch.stack(firsts) / scale @ solution)
+    num_features = z.shape[1] - y.shape[1]
+    size = float(z[:, :num_features].pow(2).mean(0).sqrt().mean())
+    return Expected(list(torch.stack(firsts) / scale @ solution), size)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_start_is_the_regression(name: str, rank_pool: RankPool, directory: Path, expected: list[Tensor]) -> None:
+def test_the_start_is_the_regression(name: str, rank_pool: RankPool, directory: Path, expected: Expected) -> None:
     layout, world_size = LAYOUTS[name]
     one, *_ = rank_pool.run(f"{CASES}:fitted", world_size=1, layout=Layout(), directory=directory)
     results = rank_pool.run(f"{CASES}:fitted", world_size=world_size, layout=layout, directory=directory)
-    found = [result for result in results if result is not None]
+    # Of the features' size every rank's rates depend, bit for bit.
+    assert len({result["size"] for result in results}) == 1
+    assert results[0]["size"] == pytest.approx(expected.size, rel=1e-9)
+    found = [result for result in results if "weights" in result]
     assert found
     for result in found:
         for key, weight in result["weights"].items():
             torch.testing.assert_close(
                 weight, one["weights"][key], rtol=1e-7, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}"
             )
-        for hidden, prediction in zip(result["firsts"], expected, strict=bool(result["firsts"])):
+        for hidden, prediction in zip(result["firsts"], expected.firsts, strict=bool(result["firsts"])):
             # A first row sees itself alone: attention passes on its embedding's part whole. What the last norm
             # divides by is the length of the prediction without the norm's weight.
             unweighted = prediction / result["final_norm"]
             torch.testing.assert_close(hidden, normed(unweighted) * result["final_norm"], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("member", ["eagle1", "eagle-mtp"])
+def test_recurrent_drafts_start_as_the_regression(member: EagleAlgorithm, rank_pool: RankPool, directory: Path) -> None:
+    case = RECURRENT[member]
+    (inputs,) = rank_pool.run(
+        "tests.parallel.training_cases:reference_inputs", world_size=1, directory=directory, case=case
+    )
+    (one,) = rank_pool.run(
+        f"{CASES}:fitted_recurrent", world_size=1, layout=Layout(), directory=directory, member=member
+    )
+    is_mtp, weights, rows, next_states = member == "eagle-mtp", one["weights"], [], []
+    of_one_document = []
+    for number, (document, (read, last)) in enumerate(zip(documents(), inputs["states"], strict=True)):
+        tokens, mask = document.token_ids.tolist(), document.mask.tolist()
+        for t in range(len(tokens)):
+            embedding = inputs["embedding"][tokens[(t + 1) % len(tokens)]]
+            row = torch.cat((embedding, read[t]))
+            if is_mtp:
+                norms = (weights["enorm.weight"], weights["hnorm.weight"])
+                row = torch.cat((norms[0] * normed(embedding), norms[1] * normed(read[t])))
+            if t + 2 < len(tokens) and mask[t + 1] and mask[t + 2]:
+                rows.append(row)
+                next_states.append(last[t + 1])
+            if number == 2:
+                of_one_document.append(row)
+    z, y = torch.stack(rows), torch.stack(next_states)
+    scale = z.pow(2).sum(0).sqrt()
+    ridge = torch.cat((z / scale, RIDGE**0.5 * torch.eye(z.shape[1], dtype=z.dtype)))
+    solution = torch.linalg.lstsq(ridge, torch.cat((y, torch.zeros(z.shape[1], y.shape[1], dtype=y.dtype)))).solution
+    prediction = torch.stack(of_one_document) / scale @ solution
+    # Layers pass on what they are given; a last norm divides by the length without its weight.
+    wanted = normed(prediction / one["final_norm"]) * one["final_norm"] if is_mtp else prediction
+    torch.testing.assert_close(one["hidden"], wanted, rtol=1e-6, atol=1e-8)
+    for layout, world_size in (
+        (Layout(tensor=2, sequence_parallel=True), 2),
+        (Layout(pipeline=2), 2),
+        (Layout(context=2), 2),
+    ):
+        results = rank_pool.run(
+            f"{CASES}:fitted_recurrent", world_size=world_size, layout=layout, directory=directory, member=member
+        )
+        for found in (result["weights"] for result in results if result):
+            for key, weight in found.items():
+                torch.testing.assert_close(weight, weights[key], rtol=1e-7, atol=1e-9)
 
 
 def test_few_numbers_keep_what_embeddings_need() -> None:

@@ -15,8 +15,18 @@ from tests.tiny import write_hf_model
 CASES = "tests.parallel.trainer_cases"
 RUNS = {
     "one": (Run(Layout()), 1),
-    "one, validated where it stops, fitted": (Run(Layout(), options={"eval_interval": 3, "fit_start": 2}), 1),
-    "PP2, fitted": (Run(Layout(pipeline=2), dtype="bfloat16", options={"bf16": True, "fit_start": 1, "lr": 1e-3}), 2),
+    "one, validated where it stops, fitted": (
+        Run(Layout(), options={"eval_interval": 3, "fit_start": 2, "lr_scaling": "auto"}),
+        1,
+    ),
+    "PP2, fitted": (
+        Run(
+            Layout(pipeline=2),
+            dtype="bfloat16",
+            options={"bf16": True, "fit_start": 1, "lr": 1e-3, "lr_scaling": "auto"},
+        ),
+        2,
+    ),
     "bf16": (Run(Layout(), dtype="bfloat16", options={"bf16": True}), 1),
     "TP2 PP2+SP": (Run(Layout(tensor=2, pipeline=2, sequence_parallel=True)), 4),
     "CP2 DP2": (Run(Layout(context=2), has_d2t=False), 4),
@@ -83,6 +93,15 @@ def test_a_step_without_finite_gradients_changes_nothing(rank_pool: RankPool, di
     assert result["progress"]["num_skipped_in_a_row"] == 0
 
 
+def test_a_run_can_be_stopped_while_its_first_weights_are_made(
+    rank_pool: RankPool, directory: Path, tmp_path: Path
+) -> None:
+    case = f"{CASES}:stopped_while_fitting"
+    for result in rank_pool.run(case, world_size=2, directory=directory, save=tmp_path / "save"):
+        assert result == {"stopped": 1, "changed": [], "handler is back": True}
+    assert not (tmp_path / "save").exists()
+
+
 def test_three_such_steps_in_a_row_end_the_run(rank_pool: RankPool, directory: Path, tmp_path: Path) -> None:
     (result,) = rank_pool.run(f"{CASES}:non_finite", world_size=1, directory=directory, save=tmp_path, bad=(2, 3, 4))
     assert result["error"] is not None
@@ -102,6 +121,20 @@ def test_matrices_learn_at_the_rate_of_their_width(scaling: str, rank_pool: Rank
         scale = 1 if "norm" in name or name == "lm_head.weight" else factor
         assert rates == pytest.approx([3e-4 * scale, 1e-5 * scale]), name
     assert found["reported"] == pytest.approx(3e-4)
+
+
+def test_behind_a_least_squares_start_fc_alone_learns_at_another_rate(rank_pool: RankPool, directory: Path) -> None:
+    options = {"lr": 3e-4, "min_lr": 1e-5, "lr_scaling": "auto"}
+    case = f"{CASES}:learning_rates"
+    (fitted,) = rank_pool.run(case, world_size=1, directory=directory, options=options, feature_size=12.5)
+    for name, rates in fitted["rates"].items():
+        scale = 1 / 12.5 if name == "fc.weight" else 1
+        assert rates == pytest.approx([3e-4 * scale, 1e-5 * scale]), name
+    (width,) = rank_pool.run(
+        case, world_size=1, directory=directory, options={**options, "lr_scaling": "width"}, feature_size=12.5
+    )
+    (auto,) = rank_pool.run(case, world_size=1, directory=directory, options=options)
+    assert width["rates"] == auto["rates"]
 
 
 def test_a_few_conversations_are_learnt_by_heart(rank_pool: RankPool, directory: Path, tmp_path: Path) -> None:

@@ -17,16 +17,19 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from mcore_spec.checkpoint.store import find_checkpoint, load_checkpoint, make_record
+from mcore_spec.bases.megatron import MegatronBase
+from mcore_spec.checkpoint.store import Checkpoint, find_checkpoint, load_checkpoint, make_record
 from mcore_spec.config import TrainingConfig
 from mcore_spec.conversion import convert
 from mcore_spec.data.batch import Batch, DataParallelBatches, Document, make_batch
 from mcore_spec.data.packing import SampleStream
 from mcore_spec.errors import ConfigError, TrainingError
 from mcore_spec.parallel.layout import Layout, is_rank_zero, num_data_ranks, parallel_runtime
+from mcore_spec.parallel.sharding import gather_whole, sharded_tensors
 from mcore_spec.training.log import JsonLinesLogger, Logger
 from mcore_spec.training.megatron_lm import MegatronForwardStep
 from mcore_spec.training.optimizer import DraftOptimizer
+from mcore_spec.training.signals import StoppedEarly
 from mcore_spec.training.step import DraftStep
 from mcore_spec.training.trainer import Progress, Trainer, TrainingData
 from tests.parallel.checkpoint_cases import identity
@@ -106,6 +109,7 @@ def make_data(config: TrainingConfig, corpus: Corpus, model: GPTModel, step: Dra
             num_steps=step.num_steps,
             row_multiple=step.row_multiple,
             mixing_seed=config.seed if step.task.mixes_hidden_states else None,
+            noise_seed=config.seed if step.task.draws_noise else None,
         )
 
     return TrainingData(train=share(None), valid=share(1), num_valid_batches=2, settings={"seed": config.seed})
@@ -113,20 +117,29 @@ def make_data(config: TrainingConfig, corpus: Corpus, model: GPTModel, step: Dra
 
 def converted(directory: Path, run: Run) -> GPTModel:
     model = import_base(directory, run.layout, dtype=run.dtype).model
-    convert(model, [("eagle", run.draft)], d2t=draft_to_target() if run.has_d2t else None)
+    # The fields say which algorithm is meant; without any it is EAGLE-3.
+    convert(model, run.draft or [("eagle", {})], d2t=draft_to_target() if run.has_d2t else None)
     return model
 
 
-def trainer_of(model: GPTModel, config: TrainingConfig, save: Path, corpus: Corpus = CORPUS) -> Trainer:
+def trainer_of(
+    model: GPTModel,
+    config: TrainingConfig,
+    save: Path,
+    corpus: Corpus = CORPUS,
+    *,
+    resume_from: Checkpoint | None = None,
+) -> Trainer:
     assert config.train_iters is not None
     return Trainer(
         model,
         partial(make_data, config, corpus),
         config,
-        record=make_record(model, identity("llama")),
+        record=make_record(model, identity("llama")) if resume_from is None else resume_from.record,
         save=save,
         num_iterations=config.train_iters,
         global_batch_size=GLOBAL_BATCH_SIZE,
+        resume_from=resume_from,
     )
 
 
@@ -176,8 +189,7 @@ def interrupted_and_not(*, run: Run, directory: Path, save: Path) -> dict[str, A
         checkpoint = find_checkpoint(save / "parts")
         assert checkpoint.iteration == 3
         resumed = load_checkpoint(checkpoint, run.layout)
-        second = trainer_of(resumed, config, save / "parts")
-        second.resume(checkpoint)
+        second = trainer_of(resumed, config, save / "parts", resume_from=checkpoint)
         progress = second.run(loggers_of(save / "parts", checkpoint.iteration))
 
         expected, found = weights(whole), weights(resumed)
@@ -188,6 +200,70 @@ def interrupted_and_not(*, run: Run, directory: Path, save: Path) -> dict[str, A
             "moved base": [n for n in before if n not in trained and not torch.equal(before[n], expected[n])],
             "progress": asdict(progress),
             "logs": [log_without_speed(save / name) for name in ("whole", "parts")] if is_rank_zero() else None,
+        }
+
+
+def train_and_save(*, run: Run, directory: Path, save: Path) -> dict[str, Any]:
+    """Three steps, saved; then one more. The whole draft behind each, where it lives."""
+    with parallel_runtime(run.layout):
+        model = converted(directory, run)
+        trainer = trainer_of(model, config_of(run), save)
+        for _ in range(3):
+            trainer.train_step()
+        trainer.save()
+        saved = whole_draft(model)
+        trainer.train_step()
+        return {"saved": saved, "next": whole_draft(model)}
+
+
+def load_and_train(*, run: Run, save: Path) -> dict[str, Any]:
+    """What `train_and_save` saved, in this layout, and one more step."""
+    with parallel_runtime(run.layout):
+        checkpoint = find_checkpoint(save)
+        model = load_checkpoint(checkpoint, run.layout)
+        loaded = whole_draft(model)
+        trainer = trainer_of(model, config_of(run), save, resume_from=checkpoint)
+        trainer.train_step()
+        return {"saved": loaded, "next": whole_draft(model)}
+
+
+def whole_draft(model: GPTModel) -> dict[str, Tensor] | None:
+    draft = MegatronBase(model).draft()
+    if draft is None:
+        return None
+    return {
+        entry.name: gather_whole(entry.tensor, entry.shard, draft.tp).detach().clone()
+        for entry in sharded_tensors(draft)
+    }
+
+
+def stopped_while_fitting(*, directory: Path, save: Path) -> dict[str, Any]:
+    """A run of which one rank is told to end while its first weights are made."""
+    run = Run(Layout(), options={"fit_start": 3})
+    with parallel_runtime(run.layout):
+        model, config, asked = converted(directory, run), config_of(run), 0
+        before, handler = weights(model), signal.getsignal(signal.SIGTERM)
+
+        def signalling(given: GPTModel, step: DraftStep) -> TrainingData:
+            data = make_data(config, CORPUS, given, step)
+            return data._replace(train=_SignalAt(data.train, iteration=1)) if is_rank_zero() else data
+
+        try:
+            Trainer(
+                model,
+                signalling,
+                config,
+                record=make_record(model, identity("llama")),
+                save=save,
+                num_iterations=6,
+                global_batch_size=GLOBAL_BATCH_SIZE,
+            )
+        except StoppedEarly:
+            asked += 1
+        return {
+            "stopped": asked,
+            "changed": [name for name, weight in weights(model).items() if not torch.equal(weight, before[name])],
+            "handler is back": signal.getsignal(signal.SIGTERM) is handler,
         }
 
 
@@ -234,28 +310,60 @@ def unmixed_batches(*, directory: Path) -> dict[str, Any]:
             return {"error": error, "losses": [float(each(batch).loss) for each in (step, plain)]}
 
 
-def overfit(*, directory: Path, save: Path) -> tuple[Progress, list[float]]:
+def overfit(
+    *, directory: Path, save: Path, draft: dict[str, Any] | None = None, num_iterations: int = 400
+) -> tuple[Progress, list[float]]:
     """Accuracy by step after many steps on a few conversations."""
-    run = Run(Layout(), has_d2t=False)
+    run = Run(Layout(), has_d2t=False, draft=draft or {"eagle_architecture_config": {"intermediate_size": 128}})
     corpus = Corpus((12, 10, 14, 9))
     with parallel_runtime(run.layout):
-        model = import_base(directory, run.layout, dtype=run.dtype).model
-        convert(model, [("eagle", {"eagle_architecture_config": {"intermediate_size": 128}})])
-        config = config_of(run, train_iters=400, lr=1e-2, min_lr=1e-4, weight_decay=0.0, clip_grad=1.0)
+        model = converted(directory, run)
+        config = config_of(run, train_iters=num_iterations, lr=1e-2, min_lr=1e-4, weight_decay=0.0, clip_grad=1.0)
         trainer = trainer_of(model, config, save, corpus)
-        for _ in range(400):
+        for _ in range(num_iterations):
             trainer.train_step()
         means = trainer.evaluate()
         assert means is not None
         return trainer.progress, means.accuracy
 
 
-def learning_rates(*, directory: Path, options: dict[str, Any]) -> dict[str, Any]:
+def noisy_losses(*, directory: Path, draft: dict[str, Any]) -> dict[str, Any]:
+    """Losses of one batch: with noise of two keys, without keys, in validation, and of a draft without noise."""
+    with parallel_runtime(Layout()):
+        step = DraftStep(converted(directory, Run(Layout(), has_d2t=False, draft=draft)))
+
+        def loss(step: DraftStep, key: int | None) -> float:
+            keys = None if key is None else [key]
+            output = step(make_batch([CORPUS.document(0)], num_steps=step.num_steps, num_samples=1, noise_keys=keys))
+            assert output is not None
+            return float(output.loss.detach())
+
+        try:
+            loss(step, None)
+        except ConfigError as raised:
+            error = str(raised)
+        trained = [loss(step, key) for key in (4, 4, 5)]
+        with torch.no_grad():
+            validated = loss(step, None)
+        quiet = {**draft, "eagle_feature_noise": 0.0}
+        plain = loss(DraftStep(converted(directory, Run(Layout(), has_d2t=False, draft=quiet))), None)
+        return {"error": error, "trained": trained, "validated": validated, "plain": plain}
+
+
+def learning_rates(
+    *,
+    directory: Path,
+    options: dict[str, Any],
+    draft: dict[str, Any] | None = None,
+    has_d2t: bool = True,
+    feature_size: float | None = None,
+) -> dict[str, Any]:
     """Each parameter's learning rate in a run of 4 steps: the highest, behind the warm-up, and the one of the end."""
-    run = Run(Layout())
+    run = Run(Layout(), draft=draft or {}, has_d2t=has_d2t)
     with parallel_runtime(run.layout):
         model = converted(directory, run)
-        optimizer = DraftOptimizer(model, config_of(run, train_iters=4, **options), num_iterations=4)
+        config = config_of(run, train_iters=4, **options)
+        optimizer = DraftOptimizer(model, config, num_iterations=4, feature_size=feature_size)
         names = {id(p): name.removeprefix("eagle_module.") for name, p in model.named_parameters()}
         found: dict[str, Any] = {}
         for iteration in (1, 4):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +12,12 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from mcore_spec.bases.features import features_for
 from mcore_spec.bases.megatron import MegatronBase
-from mcore_spec.config import TrainingConfig
+from mcore_spec.config import EagleAlgorithm, TrainingConfig, eagle_preset
 from mcore_spec.conversion import convert
 from mcore_spec.data.batch import Batch, Document, make_batch
+from mcore_spec.data.noise import draw_noise_key
 from mcore_spec.data.seeds import RandomUse, random_state
 from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.parallel.sharding import Shard, gather_whole, sharded_tensors
@@ -41,6 +44,9 @@ class Case(NamedTuple):
         mixes_states: the draft's own with the base's, instead of growing keys.
         pad_to: rows of each document, as without packing.
         keeps_all: rows whose teacher argmax is not in the draft vocabulary too.
+        member: of the EAGLE family.
+        noise: on the features.
+        detaches: the states that steps hand on.
     """
 
     architecture: dict[str, Any]
@@ -51,6 +57,9 @@ class Case(NamedTuple):
     mixes_states: bool = False
     keeps_all: bool = False
     pad_to: int | None = None
+    member: EagleAlgorithm = "eagle3"
+    noise: float = 0.0
+    detaches: bool = False
 
 
 CASES = {
@@ -64,6 +73,7 @@ CASES = {
     "mixed": Case({"num_hidden_layers": 2}, mixes_states=True),
     "mixed, one row, recompute": Case({}, cut=((6, 5, 4, 3, 2, 1, 0), ()), mixes_states=True, recompute=True),
     "padded": Case({}, cut=((0, 6), (1, 2), (3, 4), (5,)), has_d2t=True, pad_to=16),
+    "detached": Case({"num_hidden_layers": 2}, has_d2t=True, detaches=True),
     "all rows kept": Case({}, has_d2t=True, keeps_all=True),
 }
 LENGTHS = (9, 2, 14, 1, 7, 12, 5)
@@ -89,6 +99,11 @@ def mixing_state(number: int) -> np.random.RandomState:
     return random_state(5, RandomUse.MIXING, number)
 
 
+def noise_key(number: int) -> int:
+    """What the noise on the features of a document is made from, wherever the document stands."""
+    return draw_noise_key(random_state(5, RandomUse.NOISE, number))
+
+
 def replaced_rows(number: int) -> list[list[bool]]:
     """Of a document that stands alone."""
     batch = make_batch([documents()[number]], num_steps=NUM_STEPS, num_samples=1, mixing=[mixing_state(number)])
@@ -105,7 +120,12 @@ def converted(directory: Path, layout: Layout, case: Case) -> GPTModel:
         "eagle_self_logit_distillation": not case.hard_labels,
         "eagle_mix_hidden_states": case.mixes_states,
         "eagle_keep_out_of_vocabulary": case.keeps_all,
-        "eagle_architecture_config": case.architecture,
+        "eagle_feature_noise": case.noise,
+        "eagle_detach_states": case.detaches,
+        "eagle_architecture_config": {
+            **eagle_preset(case.member)["config"]["eagle_architecture_config"],
+            **case.architecture,
+        },
     }
     convert(model, [("eagle", config)], d2t=draft_to_target() if case.has_d2t else None)
     base = MegatronBase(model)
@@ -135,6 +155,7 @@ def batches(model: GPTModel, step: DraftStep, case: Case) -> Iterator[Batch]:
         yield make_batch(
             [every[index] for index in cut] or [empty],
             mixing=[mixing_state(index) for index in cut or (4,)] if case.mixes_states else None,
+            noise_keys=[noise_key(index) for index in cut or (4,)] if case.noise else None,
             num_steps=NUM_STEPS,
             document_multiple=step.document_multiple,
             row_multiple=step.row_multiple,
@@ -143,17 +164,22 @@ def batches(model: GPTModel, step: DraftStep, case: Case) -> Iterator[Batch]:
         )
 
 
-def gradients(*, layout: Layout, directory: Path) -> dict[str, dict[str, Any]]:
-    """Each case: the reduced totals, and every whole gradient where the draft lives."""
+def gradients(
+    *, layout: Layout, directory: Path, names: Sequence[str], cases: Mapping[str, Case] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Each of the named cases: the reduced totals, and every whole gradient where the draft lives."""
     found = {}
     with parallel_runtime(layout):
-        for name, case in CASES.items():
+        for name in names:
+            case = (cases or CASES)[name]
             model = converted(directory, layout, case)
             before = checksum(model)
             step = DraftStep(model, recompute=case.recompute)
             optimizer = DraftOptimizer(model, TrainingConfig(data_path=("x",), train_iters=1), num_iterations=1)
             optimizer.zero_grad()
-            totals = Totals.zeros(NUM_STEPS, device=torch.device("cpu"))
+            totals = Totals.zeros(
+                NUM_STEPS, device=torch.device("cpu"), regresses_features=step.task.regresses_features
+            )
             for batch in batches(model, step, case):
                 output = step(batch)
                 if output is not None:
@@ -167,8 +193,13 @@ def gradients(*, layout: Layout, directory: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def checksum(model: GPTModel) -> dict[str, float]:
-    return {name: float(p.double().sum()) for name, p in model.named_parameters() if not p.requires_grad}
+def checksum(model: GPTModel) -> dict[str, str]:
+    """Of the bits of everything that is not trained, buffers too."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    kept = [(name, each) for name, each in (*model.named_parameters(), *model.named_buffers()) if name not in trained]
+    return {
+        name: sha256(each.detach().flatten().view(torch.uint8).numpy().tobytes()).hexdigest() for name, each in kept
+    }
 
 
 def whole_gradients(model: GPTModel) -> dict[str, Tensor] | None:
@@ -182,19 +213,19 @@ def whole_gradients(model: GPTModel) -> dict[str, Tensor] | None:
     }
 
 
-def reference_inputs(*, directory: Path) -> dict[str, Any]:
+def reference_inputs(*, directory: Path, case: Case | None = None) -> dict[str, Any]:
     """What the oracle needs of the base: hidden states of each document alone, embedding and head."""
     layout = Layout()
     with parallel_runtime(layout):
-        model = converted(directory, layout, CASES["whole vocabulary"])
+        model = converted(directory, layout, case or CASES["whole vocabulary"])
         base = MegatronBase(model)
         step = DraftStep(model)
         states = []
         for document in documents():
             features = base.features(torch.from_numpy(document.token_ids)[None], aux_layer_ids=step.task.aux_layer_ids)
             assert features is not None
-            assert features.aux is not None
-            states.append((features.aux[:, 0], features.last[:, 0]))
+            assert step.draft is not None
+            states.append((features_for(step.draft, features)[:, 0], features.last[:, 0]))
         return {
             "states": states,
             "embedding": gather_whole(base.embedding_weight(), Shard(0, VOCAB_SIZE), base.tp),
@@ -202,12 +233,12 @@ def reference_inputs(*, directory: Path) -> dict[str, Any]:
         }
 
 
-def weight_shapes(*, directory: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+def weight_shapes(*, directory: Path, cases: Mapping[str, Case] | None = None) -> dict[str, dict[str, tuple[int, ...]]]:
     """Each case's trainable tensors."""
     layout = Layout()
     with parallel_runtime(layout):
         found = {}
-        for name, case in CASES.items():
+        for name, case in (cases or CASES).items():
             draft = MegatronBase(converted(directory, layout, case)).draft()
             assert draft is not None
             found[name] = {key: tuple(p.shape) for key, p in draft.named_parameters()}

@@ -18,6 +18,7 @@ from mcore_spec.data.batch import Document, make_batch
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.medusa import MedusaDraft
+from mcore_spec.drafts.mtp import MiMoDraft
 from mcore_spec.errors import McoreSpecError
 from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.parallel.sharding import Shard, gather_whole, sharded_tensors
@@ -265,7 +266,7 @@ def _attached(case: Attached, layout: Layout, directory: Path) -> dict[str, Tens
     convert(model, [case.mode], d2t=draft_to_target() if case.has_d2t else None)
     base = MegatronBase(model)
     draft = base.draft()
-    aux_layers = draft.aux_layer_ids if isinstance(draft, Eagle3Draft) else ()
+    aux_layers = draft.aux_layer_ids if isinstance(draft, Eagle3Draft | MiMoDraft) else ()
     if not base.is_last_stage:
         record = next(child for child in model.children() if type(child).__name__ == "Conversion")
         if isinstance(record.config, EagleConfig):

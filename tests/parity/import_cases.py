@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mcore_spec.bases import megatron_layers
+from mcore_spec.bases import packed_attention
 from mcore_spec.bases.features import Features
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.bases.megatron_build import BaseGPTModel, build_gpt_model
@@ -71,9 +71,9 @@ def compare_with_transformers(
     Returns:
         Case -> one entry a run; ``None`` on ranks without the head.
     """
-    block = megatron_layers.WINDOW_BLOCK if window_block is None else window_block
+    block = packed_attention.WINDOW_BLOCK if window_block is None else window_block
     differences = {}
-    with parallel_runtime(layout), mock.patch.object(megatron_layers, "WINDOW_BLOCK", block):
+    with parallel_runtime(layout), mock.patch.object(packed_attention, "WINDOW_BLOCK", block):
         for case, directory in directories.items():
             base = MegatronBase(load(directory, layout))
             differences[case] = [_differences(base, *run) for run in runs[case]]

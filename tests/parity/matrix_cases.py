@@ -15,6 +15,7 @@ from mcore_spec.config import BaseIdentity, eagle_preset
 from mcore_spec.conversion import Mode, convert
 from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.medusa import MedusaDraft
+from mcore_spec.drafts.mtp import MiMoDraft
 from mcore_spec.errors import UnsupportedError
 from mcore_spec.export.draft import export_draft
 from mcore_spec.parallel.layout import Layout, parallel_runtime
@@ -63,7 +64,7 @@ def _run(directory: Path, token_ids: Tensor, algorithm: str, export_root: Path) 
         for parameter in draft.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     rows = token_ids.shape[1] - NUM_STEPS
-    aux_layer_ids = draft.aux_layer_ids if isinstance(draft, Eagle3Draft) else ()
+    aux_layer_ids = draft.aux_layer_ids if isinstance(draft, Eagle3Draft | MiMoDraft) else ()
     features = base.features(token_ids, aux_layer_ids=aux_layer_ids)
     assert features is not None
     if isinstance(draft, MedusaDraft):

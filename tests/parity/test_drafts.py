@@ -8,6 +8,7 @@ missing term nor float32 anywhere but in the rotary angles, which both take as t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def oracle_runner(variant: Variant, weights: Results) -> Callable[[Tensor, list[
         flags = {name: given.get(name, False) for name in ("norm_before_residual", "norm_output")}
         own = None if "lm_head.weight" in weights else head
         return lambda features, embeddings: oracle.eagle3(weights, shape, features, embeddings, own, **flags)
-    function = oracle.eagle_mtp if given.get("use_mtp_layernorm") else oracle.eagle1
+    function: Callable[..., list[oracle.StepOutput]] = oracle.eagle1
+    if given.get("use_mtp_layernorm"):
+        function = partial(oracle.eagle_mtp, is_mimo=variant.base.get("family") == "qwen2")
     return lambda features, embeddings: function(weights, shape, features, embeddings, head)
 
 

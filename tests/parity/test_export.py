@@ -112,12 +112,12 @@ CASE_TABLE: dict[str, Case] = {
     "mtp-qwen3": Case(
         "qwen3",
         [("eagle", {"eagle_architecture_config": {"use_mtp_layernorm": True, "use_last_layernorm": True}})],
-        {"qk_norm": True, "base_family": "qwen3"},
+        {"qk_norm": True, "base_family": "qwen3", "reads_before_final_norm": False},
     ),
     "mtp-qwen2": Case(
         "qwen2",
         [("eagle", {"eagle_architecture_config": {"use_mtp_layernorm": True, "use_last_layernorm": True}})],
-        {"qkv_bias": True, "base_family": "qwen2"},
+        {"qkv_bias": True, "base_family": "qwen2", "reads_before_final_norm": True},
     ),
     "medusa": Case("llama3", [("medusa", {"medusa_num_heads": 3, "medusa_num_layers": 2})]),
     "medusa-tied": Case("yarn_tied", [("medusa", {"medusa_num_heads": 4})], {"num_heads": 4, "num_hidden_layers": 1}),

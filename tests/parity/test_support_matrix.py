@@ -80,8 +80,22 @@ def reference_logits(tiny: TinyModel, run: DraftRun, algorithm: str) -> list[Ten
     elif algorithm == "eagle1":
         outputs = reference.eagle1(run.weights, shape, last, embeddings, head)
     else:
-        outputs = reference.eagle_mtp(run.weights, shape, last, embeddings, head)
+        is_mimo = bool(run.aux_layer_ids)
+        read = before_final_norm(tiny, token_ids).transpose(0, 1)[:rows] if is_mimo else last
+        outputs = reference.eagle_mtp(run.weights, shape, read, embeddings, head, is_mimo=is_mimo)
     return [output.logits.detach() for output in outputs]
+
+
+@torch.no_grad()
+def before_final_norm(tiny: TinyModel, token_ids: Tensor) -> Tensor:
+    """The last layer's output, [b, s, h], which transformers hands out normed only."""
+    seen: list[Tensor] = []
+    handle = tiny.model.model.norm.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    try:
+        tiny.model(input_ids=token_ids, use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 def reference_shape(tiny: TinyModel, token_ids: Tensor) -> reference.Shape:

@@ -233,6 +233,7 @@ def eagle3(
     *,
     norm_before_residual: bool = False,
     norm_output: bool = False,
+    detaches: bool = False,
 ) -> list[StepOutput]:
     """EAGLE-3 (arXiv 2503.01840) under TTT.
 
@@ -255,7 +256,7 @@ def eagle3(
             norm_output=norm_output,
         )
         outputs.append(output)
-        state = output.feedback
+        state = output.feedback.detach() if detaches else output.feedback
     return outputs
 
 
@@ -330,6 +331,21 @@ def eagle3_serve(
     return outputs
 
 
+def mixed(one_step: Callable[[Tensor], StepOutput], features: Tensor, replaced: list[list[bool]]) -> list[StepOutput]:
+    """Mixed states of a draft whose state has the features' form; rows and `replaced` as in `eagle3_mixed`.
+
+    `one_step` computes step 0 of every row from states [s, b, h].
+    """
+    states = list(features.unbind(0))
+    outputs = []
+    for step in range(len(replaced) + 1):
+        outputs.append(one_step(torch.stack(states)))
+        if step < len(replaced):
+            feedback = outputs[-1].feedback
+            states = [feedback[p - 1] if replaced[step][p] else state for p, state in enumerate(states)]
+    return outputs
+
+
 def eagle1(
     weights: Weights, shape: Shape, features: Tensor, embeddings: list[Tensor], head: Tensor
 ) -> list[StepOutput]:
@@ -349,19 +365,29 @@ def eagle1(
 
 
 def eagle_mtp(
-    weights: Weights, shape: Shape, hidden: Tensor, embeddings: list[Tensor], head: Tensor
+    weights: Weights,
+    shape: Shape,
+    hidden: Tensor,
+    embeddings: list[Tensor],
+    head: Tensor,
+    *,
+    is_mimo: bool = False,
 ) -> list[StepOutput]:
     """EAGLE-MTP (DeepSeek-V3 style, arXiv 2412.19437): one module applied recurrently.
 
     hidden [s, b, h] are the base's last hidden states; embeddings as in `eagle3`. The state that the next
-    step reads is the output after the final norm, which the head reads too.
+    step reads is the output after the final norm, which the head reads too. MiMo's engines read zeros in place of the
+    embedding at position 0, and join the state and the embedding in this order.
     """
     caches: list[Cache] = [TrainingCache() for _ in range(shape.num_layers)]
     state, outputs = hidden, []
     for step, embedding in enumerate(embeddings):
         positions = [t + step for t in range(hidden.shape[0])]
+        if is_mimo:
+            embedding = torch.stack([row if at > 0 else 0 * row for at, row in zip(positions, embedding, strict=True)])
         e = rms_norm(weights, shape, "enorm", embedding)
-        x = linear(weights, "eh_proj", torch.cat([e, rms_norm(weights, shape, "hnorm", state)], -1))
+        joined = [e, rms_norm(weights, shape, "hnorm", state)]
+        x = linear(weights, "eh_proj", torch.cat(joined[::-1] if is_mimo else joined, -1))
         x = pre_norm_layers(weights, shape, 0, x, positions, caches)
         state = rms_norm(weights, shape, "norm", x)
         outputs.append(StepOutput(hidden=state, feedback=state, logits=F.linear(state, head)))

@@ -252,10 +252,11 @@ class Eagle1:
 
 
 class EagleMTP:
-    """DeepSeek-V3's names; the layer is of the base's family, which the configuration says."""
+    """DeepSeek-V3's names; the layer is of the base's family, which the configuration says, as what it reads."""
 
     def __init__(self, config: dict[str, Any], tensors: Weights, base: Base) -> None:
         self.shape, self.weights, self.base = shape_of(config), tensors, base
+        self.is_mimo = config["reads_before_final_norm"]
         hidden = config["hidden_size"]
         expected: dict[str, tuple[int, ...]] = {
             "enorm.weight": (hidden,),
@@ -274,17 +275,20 @@ class EagleMTP:
         check_tensors(tensors, expected)
 
     def features(self, base: Base, token_ids: Tensor) -> Tensor:
-        return base.hidden_states(token_ids)[1]
+        layers, last = base.hidden_states(token_ids)
+        return layers[-1] if self.is_mimo else last
 
     def logits(self, features: Tensor, embeddings: list[Tensor]) -> list[Tensor]:
-        steps = drafts.eagle_mtp(self.weights, self.shape, features, embeddings, self.base.head)
+        steps = drafts.eagle_mtp(self.weights, self.shape, features, embeddings, self.base.head, is_mimo=self.is_mimo)
         return [step.logits for step in steps]
 
     def propose(self, base: Base, features: Tensor, token_ids: Tensor, num_tokens: int) -> list[Proposal]:
         def step(state: Tensor, embedding: Tensor, position: int, caches: list[Cache]) -> StepOutput:
+            if self.is_mimo and position == 0:
+                embedding = torch.zeros_like(embedding)
             e = drafts.rms_norm(self.weights, self.shape, "enorm", embedding)
             h = drafts.rms_norm(self.weights, self.shape, "hnorm", state)
-            x = drafts.linear(self.weights, "eh_proj", torch.cat([e, h], -1))
+            x = drafts.linear(self.weights, "eh_proj", torch.cat([h, e] if self.is_mimo else [e, h], -1))
             x = drafts.pre_norm_layers(self.weights, self.shape, 0, x, [position], caches)
             x = drafts.rms_norm(self.weights, self.shape, "norm", x)
             return StepOutput(x, x, F.linear(x, base.head))

@@ -1,17 +1,17 @@
-"""The EAGLE-3 training objective, row by row, one document at a time, one process.
+"""The training objectives of the EAGLE family, row by row, one document at a time, one process.
 
 Rows, masks, teacher, vocabulary policy, decay and normalisation are spelled out for a single row; nothing is
 packed, batched, chunked or sharded. The drafts are `tests.reference.drafts`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.reference.drafts import Shape, Weights, eagle3, eagle3_mixed
+from tests.reference.drafts import Shape, StepOutput, Weights, eagle3, eagle3_mixed
 
 
 class Document(NamedTuple):
@@ -35,6 +35,11 @@ class Objective(NamedTuple):
     judged: list[int]
     correct: list[int]
     accepted: int
+    regression: list[float]
+
+
+# A document and the embeddings of what its rows read at each step -> the steps' outputs.
+Run = Callable[[Document, list[Tensor]], list[StepOutput]]
 
 
 def eagle3_objective(
@@ -50,25 +55,63 @@ def eagle3_objective(
     hard_labels: bool = False,
     keep_out_of_vocabulary: bool = False,
     mixes_states: bool = False,
+    detaches: bool = False,
 ) -> Objective:
     """Loss and statistics of one optimizer step.
 
     `target_ids` are the base ids of the draft vocabulary, in order; without them it is the base's, and the
     draft's head is the base's unless it has its own weights.
     """
+    own_head = None if "lm_head.weight" in weights else head
+
+    def run(document: Document, embeddings: list[Tensor]) -> list[StepOutput]:
+        aux = document.aux[:, None]
+        if mixes_states:
+            return eagle3_mixed(weights, shape, aux, embeddings[0], own_head, document.replaced)
+        return eagle3(weights, shape, aux, embeddings, own_head, detaches=detaches)
+
+    return objective(
+        documents,
+        run,
+        embedding=embedding,
+        head=head,
+        num_steps=num_steps,
+        decay=decay,
+        target_ids=target_ids,
+        hard_labels=hard_labels,
+        keep_out_of_vocabulary=keep_out_of_vocabulary,
+        mixes_states=mixes_states,
+    )
+
+
+def objective(
+    documents: Sequence[Document],
+    run: Run,
+    *,
+    embedding: Tensor,
+    head: Tensor,
+    num_steps: int,
+    decay: float,
+    target_ids: list[int] | None = None,
+    hard_labels: bool = False,
+    keep_out_of_vocabulary: bool = False,
+    mixes_states: bool = False,
+    entropy_factor: float = 1.0,
+    regression_factor: float = 0.0,
+) -> Objective:
+    """Loss and statistics of one optimizer step of the draft that `run` computes.
+
+    A row's loss is its cross-entropy and, where `regression_factor` is not 0, the smooth L1 distance between what the
+    head reads and the base's state at the teacher's position, each times its factor.
+    """
     total: Tensor = head.new_zeros(())
     rows, judged, correct, accepted = [0] * num_steps, [0] * num_steps, [0] * num_steps, 0
+    regression = [0.0] * num_steps
     ids = list(range(head.shape[0])) if target_ids is None else target_ids
-    own_head = None if "lm_head.weight" in weights else head
     for document in documents:
         tokens, mask, length = document.token_ids, document.mask, len(document.token_ids)
         inputs = [[tokens[t + 1 + k] if t + 1 + k < length else 0 for t in range(length)] for k in range(num_steps)]
-        embeddings = [embedding[torch.tensor(step)][:, None] for step in inputs]
-        aux = document.aux[:, None]
-        if mixes_states:
-            outputs = eagle3_mixed(weights, shape, aux, embeddings[0], own_head, document.replaced)
-        else:
-            outputs = eagle3(weights, shape, aux, embeddings, own_head)
+        outputs = run(document, [embedding[torch.tensor(step)][:, None] for step in inputs])
         for t in range(length):
             is_alive = True
             for k in range(num_steps):
@@ -78,7 +121,8 @@ def eagle3_objective(
                     continue
                 teacher = F.linear(document.last[t + 1 + k], head)
                 # Mixed, the row that reads x[t+1+k] is row t + k at every step.
-                student = outputs[k].logits[t + k if mixes_states else t, 0]
+                row = t + k if mixes_states else t
+                student = outputs[k].logits[row, 0]
                 best = int(teacher.argmax())
                 judged[k] += 1
                 if ids[int(student.argmax())] == best:
@@ -86,6 +130,11 @@ def eagle3_objective(
                     accepted += int(is_alive)
                 else:
                     is_alive = False
+                if regression_factor:
+                    apart = (outputs[k].hidden[row, 0] - document.last[t + 1 + k]).abs()
+                    distance = torch.where(apart < 1, 0.5 * apart**2, apart - 0.5).mean()
+                    regression[k] += float(distance.detach())
+                    total = total + decay**k * regression_factor * distance
                 log_q = student.log_softmax(0)
                 if hard_labels:
                     if tokens[target] not in ids:
@@ -97,5 +146,5 @@ def eagle3_objective(
                     p = teacher[torch.tensor(ids)].softmax(0)
                     row_loss = -(p * log_q).sum()
                 rows[k] += 1
-                total = total + decay**k * row_loss
-    return Objective(total / max(judged[0], 1), rows, judged, correct, accepted)
+                total = total + decay**k * entropy_factor * row_loss
+    return Objective(total / max(judged[0], 1), rows, judged, correct, accepted, regression)

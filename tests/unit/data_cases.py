@@ -97,6 +97,10 @@ MARKED_WITHOUT_END = MARKED.replace(
     "{{ message.content + '<|im_end|>' }}{% endgeneration %}",
     "{{ message.content }}{% endgeneration %}{{ '<|im_end|>' }}",
 )
+MARKED_GLM = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>\\n' }}{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content }}{% endgeneration %}{% else %}{{ message.content }}{% endif %}{% endfor %}"
+)
 
 SPECIAL = (
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",

@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from mcore_spec.bases import megatron_layers
+from mcore_spec.bases import packed_attention
 from mcore_spec.bases.megatron_layers import BaseRotaryEmbedding, CausalAttention, DocumentParams, document_params
 from mcore_spec.config import RopeConfig
 from mcore_spec.errors import ConfigError, McoreSpecError, UnsupportedError
@@ -83,7 +83,7 @@ def check(found: list[Tensor], expected: list[Tensor]) -> None:
 def test_packed_documents_equal_one_masked_softmax(
     bounds: list[int], window: int | None, scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(megatron_layers, "WINDOW_BLOCK", 2)
+    monkeypatch.setattr(packed_attention, "WINDOW_BLOCK", 2)
     given = packed_inputs(bounds[-1])
     params = document_params(Documents(bounds), device=CPU)
     found = attention(window=window, scale=scale)(*given[:3], None, packed_seq_params=params)
@@ -104,7 +104,7 @@ class WholeKeys(Documents):
 
 @pytest.mark.parametrize("window", [None, 3, 9, 100])
 def test_ranks_together_equal_one_masked_softmax(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megatron_layers, "WINDOW_BLOCK", 2)
+    monkeypatch.setattr(packed_attention, "WINDOW_BLOCK", 2)
     bounds = [0, 4, 16, 28]
     given = packed_inputs(28)
     query, key, value, _ = given
@@ -123,7 +123,7 @@ def test_ranks_together_equal_one_masked_softmax(window: int | None, monkeypatch
 
 def test_no_scores_of_a_windowed_row_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks and scores are as large as a block and its window, not as the row."""
-    monkeypatch.setattr(megatron_layers, "WINDOW_BLOCK", 16)
+    monkeypatch.setattr(packed_attention, "WINDOW_BLOCK", 16)
     rows, window = 256, 8
     largest = 0
 

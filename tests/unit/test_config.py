@@ -79,7 +79,7 @@ def test_medusa_errors(values: dict[str, object], message: str) -> None:
             "fc_norm, norm_output need(s) use_aux_hidden_state = true",
         ),
         (
-            {"use_mtp_layernorm": True, "eagle_aux_hidden_state_layer_ids": [1]},
+            {"use_input_layernorm_in_first_layer": False, "eagle_aux_hidden_state_layer_ids": [1]},
             "eagle_aux_hidden_state_layer_ids need(s) use_aux_hidden_state = true",
         ),
     ],

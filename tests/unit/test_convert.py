@@ -359,7 +359,7 @@ def test_a_model_is_converted_once(build: Callable[..., BaseGPTModel]) -> None:
 
 
 def test_other_modules_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="takes a megatron-core GPTModel, got Linear"):
+    with pytest.raises(UnsupportedError, match="GPTModel or a transformers model, got Linear"):
         convert(nn.Linear(2, 2), "medusa")
 
 

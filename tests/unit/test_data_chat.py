@@ -16,6 +16,7 @@ from tests.unit.data_cases import (
     GLM,
     LLAMA3,
     MARKED,
+    MARKED_GLM,
     MARKED_WITHOUT_END,
     MISTRAL,
     PHI3,
@@ -97,7 +98,22 @@ CASES = {
     "no special tokens": (PLAIN, talk("a", "b", "c", "d"), "b|d"),
     "an added token before the end of turn": (SEPARATED, talk("a", "b", "c", "d"), "b<sep><|im_end|>|d<sep><|im_end|>"),
     "markers": (MARKED, talk("a", "b", "c", "d"), "b<|im_end|>|d<|im_end|>"),
-    "markers that leave the end of turn out": (MARKED_WITHOUT_END, talk("a", "b", "c", "d"), "b|d"),
+    "markers that leave the end of turn out": (
+        MARKED_WITHOUT_END,
+        talk("a", "b", "c", "d", "e"),
+        "b<|im_end|>|d<|im_end|>",
+    ),
+    "markers, the next header is no end of turn": (MARKED_GLM, talk("a", "b", "c", "d"), "b|d"),
+    "markers, end of text behind the last end of turn": (
+        MARKED + "{{ '</s>' }}",
+        talk("a", "b", "c", "d"),
+        "b<|im_end|>|d<|im_end|>",
+    ),
+    "markers around the last answer alone": (
+        MARKED_WITHOUT_END.replace("{%- if message.role", "{%- if loop.last and message.role"),
+        talk("a", "b", "c", "d"),
+        "d",
+    ),
 }
 
 
@@ -116,13 +132,18 @@ def test_the_end_of_the_text_ends_a_turn_too() -> None:
     assert produced(tokenizer, talk("a", "b", "c", "d")) == "b<sep>|d<sep>"
 
 
-@pytest.mark.parametrize("template", [MARKED, MARKED_WITHOUT_END])
-def test_markers_mean_what_transformers_says(template: str) -> None:
+@pytest.mark.parametrize(("template", "leaves_end_out"), [(MARKED, False), (MARKED_WITHOUT_END, True)])
+def test_markers_mean_what_transformers_says(template: str, *, leaves_end_out: bool) -> None:
+    """But for the end of the turn."""
     tokenizer, messages = byte_tokenizer(template), talk("a", "b c", "d", "é e", system="s")
     theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     ours = encode_conversation(tokenizer, messages)
     assert ours.token_ids == theirs["input_ids"]
-    assert ours.loss_mask == [bool(flag) for flag in theirs["assistant_masks"]]
+    marked = [bool(flag) for flag in theirs["assistant_masks"]]
+    both = list(zip(ours.token_ids, ours.loss_mask, marked, strict=True))
+    assert all(is_ours for _, is_ours, is_marked in both if is_marked)
+    taken_in = [token for token, is_ours, is_marked in both if is_ours and not is_marked]
+    assert tokenizer.convert_ids_to_tokens(taken_in) == (["<|im_end|>"] * 2 if leaves_end_out else [])
 
 
 @pytest.mark.parametrize("trims", [False, True])

@@ -30,6 +30,12 @@ RECORDS = [
         ]
     },
     {"messages": talk("m", "n", "o"), "conversations": None, "system": ""},
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "p"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": " r"}]},
+        ]
+    },
 ]
 MESSAGES = [
     talk("a", "b"),
@@ -38,6 +44,7 @@ MESSAGES = [
     talk("i", "ü\u2028j", system="t"),
     talk("k", "l", system="u"),
     talk("m", "n", "o"),
+    talk("p", "q r"),
 ]
 
 
@@ -59,7 +66,7 @@ def test_every_form_in_every_file(name: str, tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     found = read(path)
     assert [each.messages for each in found] == MESSAGES
-    assert [each.line for each in found] == [1, 2, 3, 4, 5, 6]
+    assert [each.line for each in found] == [1, 2, 3, 4, 5, 6, 7]
     assert {each.source for each in found} == {str(path)}
     assert found[2].where == (f"{path}:3" if "jsonl" in name.lower() else f"{path}, entry 3")
 
@@ -122,8 +129,25 @@ def test_a_dataset_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert open_source("org-1/some.name").digest() != before
     assert refusal("org-1/some.name:nowhere") == (
         "data_path = org-1/some.name:nowhere is no file, and the dataset org-1/some.name (split nowhere) cannot be "
-        'loaded (Unknown split "nowhere".); correct the path, or give the split as org-1/some.name:SPLIT'
+        'loaded (Unknown split "nowhere".); correct the path, check the network, or give the split as '
+        "org-1/some.name:SPLIT"
     )
+
+
+def test_datasets_that_are_held_in_memory_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HF_DATASETS_IN_MEMORY_MAX_SIZE has it: there are no files."""
+    contents = {"a/one": "x", "a/same": "x", "a/other": "y"}
+
+    def load_dataset(name: str, *, split: str) -> RowsOfADataset:
+        rows = RowsOfADataset([{"messages": talk("a", contents[name])}])
+        rows.cache_files = []
+        return rows
+
+    module = ModuleType("datasets")
+    module.__dict__["load_dataset"] = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    one, same, other = (open_source(name).digest() for name in contents)
+    assert one == same != other
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
@@ -219,8 +243,17 @@ BAD_ENTRIES: dict[str, tuple[Any, str]] = {
         "conversations[0] has the unknown role None; known roles: human, gpt, system, user, assistant",
     ),
     "content": (
-        {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "b" * 60}]}]},
-        f"messages[1].content = [{{'type': 'text', 'text': '{'b' * 33}...; it must be a string",
+        {"messages": [USER, {"role": "assistant", "content": {"type": "text", "text": "b" * 60}}]},
+        f"messages[1].content = {{'type': 'text', 'text': '{'b' * 34}...; it must be a string",
+    ),
+    "a part that is no text": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "b"}, {"type": "image_url"}]}]},
+        "messages[0].content[1] = {'type': 'image_url'}; of parts only text can be learnt, as "
+        '{"type": "text", "text": "..."}',
+    ),
+    "no parts": (
+        {"messages": [USER, {"role": "assistant", "content": []}]},
+        "messages[1].content is blank; it must hold text",
     ),
     "no content": (
         {"messages": [USER, {"role": "assistant", "content": None}]},

@@ -18,7 +18,7 @@ from mcore_spec.data import store as store_module
 from mcore_spec.data.chat import ChatEncoder, encode_conversation
 from mcore_spec.data.conversations import Message
 from mcore_spec.data.store import StoreCounts, TokenStore, build_token_store
-from mcore_spec.data.store_files import StoreWriter
+from mcore_spec.data.store_files import FORMAT_VERSION, StoreWriter
 from mcore_spec.errors import ConfigError
 from tests.pool import RankPool
 from tests.unit.data_cases import CHATML, LLAMA3, byte_tokenizer, talk, write_lines
@@ -274,7 +274,7 @@ def test_a_store_of_another_format(data: Path, tokenizer: PreTrainedTokenizerFas
     directory = data.parent / "cache" / build(data, tokenizer).fingerprint
     manifest = json.loads((directory / "manifest.json").read_text())
     (directory / "manifest.json").write_text(json.dumps(manifest | {"format": 0}))
-    with pytest.raises(ConfigError, match=r"is damaged \(format 0, not 1\)"):
+    with pytest.raises(ConfigError, match=rf"is damaged \(format 0, not {FORMAT_VERSION}\)"):
         TokenStore(directory)
     with pytest.raises(ConfigError, match=r"is not there on this rank; give a directory on a file system that all"):
         TokenStore(directory.with_name("nowhere"))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +32,7 @@ from tests.parallel.loss_cases import (
     make_case,
 )
 from tests.tiny import VOCAB_SIZE
+from tests.unit import loss_memory
 
 # float64; the sums run in another order.
 BOUND = 1e-12
@@ -37,9 +43,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "reduced, kept": {"reduced": True, "keep": True},
     "labels": {"own_head": True, "labels": True},
     "labels, reduced": {"reduced": True, "labels": True},
+    "heads of the steps": {"own_head": True, "step_heads": True},
+    "heads of the steps, labels": {"own_head": True, "step_heads": True, "labels": True},
+    "heads of the steps, reduced": {"reduced": True, "step_heads": True},
 }
+DROPPING = ("reduced", "labels, reduced", "heads of the steps, reduced")
 LOSSES = [distillation_loss, distillation_loss_reference]
-STATISTICS = LossOutput._fields[2:]
+STATISTICS = LossOutput._fields[2:6]
 
 
 def assert_near(actual: Tensor, expected: Tensor, bound: float = BOUND) -> None:
@@ -59,8 +69,9 @@ def assert_same(actual: Result, expected: Result) -> None:
     head, expected_head = actual.gradients.head, expected.gradients.head
     assert (head is None) == (expected_head is None)
     if head is not None and expected_head is not None:
-        assert_near(head[: expected_head.shape[0]], expected_head)
-        assert not head[expected_head.shape[0] :].any()
+        num_rows = expected_head.shape[-2]
+        assert_near(head[..., :num_rows, :], expected_head)
+        assert not head[..., num_rows:, :].any()
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -71,7 +82,7 @@ def test_fused_equals_the_reference(name: str, max_logits: int | None) -> None:
     expected = evaluate(case, distillation_loss_reference)
     assert_same(evaluate(case, distillation_loss, max_logits=max_logits, padding=3), expected)
     dropped = expected.output.judged_by_step - expected.output.rows_by_step
-    assert bool(dropped.any()) == (name in ("reduced", "labels, reduced")), "the case drops rows where it should"
+    assert bool(dropped.any()) == (name in DROPPING), "the case drops rows where it should"
     assert expected.output.correct_by_step.all() and expected.output.accepted > expected.output.correct_by_step[0]
 
 
@@ -104,7 +115,7 @@ def test_rows_of_a_context_parallel_rank() -> None:
 def test_nothing_counted_is_nothing(name: str, function: Any) -> None:
     case = make_case(**KINDS[name])
     result = evaluate(case._replace(counted=torch.zeros_like(case.counted)), function)
-    assert not any(value.any() or value.isnan().any() for value in result.output)
+    assert not any(value.any() or value.isnan().any() for value in result.output[:6])
     head = result.gradients.head
     for grad in [*result.gradients.student, *([] if head is None else [head])]:
         assert not grad.any() and not grad.isnan().any()
@@ -272,7 +283,7 @@ def test_without_gradients_the_sums_are_the_same(name: str) -> None:
         output = distillation_loss(case.student, vocabulary=vocabulary, **inputs(case))
     assert not output.loss.requires_grad
     assert not {"aten.addcmul", "aten.addmm_"} & recorder.names, "no gradient was computed"
-    for ours, theirs in zip(output, evaluate(case, distillation_loss).output, strict=True):
+    for ours, theirs in zip(output[:6], evaluate(case, distillation_loss).output[:6], strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -371,6 +382,30 @@ def test_nothing_of_tokens_times_vocabulary_exists() -> None:
     assert 256 * vocab_size > HOST_MAX_LOGITS, "less than the counted rows alone would take"
 
 
+def test_peak_memory_is_blocks_and_gradients() -> None:
+    """The same sizes, 1,024 rows of each step in the mask; what the process held at most, as the kernel counts it."""
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.unit.loss_memory"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    measured = loss_memory.Measured(**json.loads(process.stdout))
+    assert measured.judged == [loss_memory.NUM_COUNTED] * loss_memory.NUM_STEPS
+    assert measured.has_gradients
+    float_size = 4
+    gradients = (loss_memory.VOCAB_SIZE + loss_memory.NUM_STEPS * loss_memory.NUM_TOKENS) * loss_memory.HIDDEN
+    # Teacher, student, and rows of the teacher's that stand in another order; the gradients as they are made in forward
+    # and as backward hands them out; the maxima of 64 entries each, lists of rows, and what a matrix product packs.
+    allowed = float_size * (3 * HOST_MAX_LOGITS + 2 * gradients) + 2**25
+    assert HOST_MAX_LOGITS * float_size < measured.peak - measured.before < allowed
+    one_step = loss_memory.NUM_COUNTED * loss_memory.VOCAB_SIZE * float_size
+    assert allowed < one_step / 2, "the logits of one step's counted rows, teacher or draft, would not fit"
+    assert allowed < 0.03 * loss_memory.NUM_TOKENS * loss_memory.VOCAB_SIZE * float_size
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -379,6 +414,10 @@ def test_nothing_of_tokens_times_vocabulary_exists() -> None:
         ({"draft_to_target": torch.tensor([0, 10])}, ("draft_to_target", "0 to 10", "10", "i + d2t[i]")),
         ({"draft_to_target": torch.tensor([3, 3])}, ("draft_to_target", "twice")),
         ({"teacher_rows": torch.zeros(4, 2)}, ("teacher_rows", "4 rows", "10")),
+        (
+            {"student_head": (torch.zeros(10, 2), torch.zeros(12, 2))},
+            ("student_head", "[(10, 2), (12, 2)]", "one a step of one shape"),
+        ),
     ],
 )
 def test_heads_that_do_not_fit_are_refused(options: dict[str, Any], words: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.pool import RankError, RankPool
+from tests.pool import MAX_WORLD_SIZE, RankError, RankPool
 
 HERE = "tests.unit.test_pool"
 pytestmark = pytest.mark.parallel
@@ -107,5 +107,14 @@ def test_a_hanging_rank_is_ended(rank_pool: RankPool) -> None:
 
 
 def test_a_wrong_world_size_is_refused(rank_pool: RankPool) -> None:
-    with pytest.raises(ValueError, match="world_size = 5"):
-        rank_pool.run(f"{HERE}:sum_over_ranks", world_size=5, values=torch.ones(1))
+    too_many = MAX_WORLD_SIZE + 1
+    with pytest.raises(ValueError, match=f"world_size = {too_many}; the pool has 1 to {MAX_WORLD_SIZE} ranks"):
+        rank_pool.run(f"{HERE}:sum_over_ranks", world_size=too_many, values=torch.ones(1))
+
+
+def test_workers_start_when_a_job_needs_them(rank_pool: RankPool) -> None:
+    before = set(rank_pool.process_ids)
+    rank_pool.run(f"{HERE}:sum_over_ranks", world_size=2, values=torch.ones(1))
+    assert set(rank_pool.process_ids) == before | {0, 1}
+    with RankPool() as unused:
+        assert unused.process_ids == {}

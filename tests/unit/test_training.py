@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from mcore_spec.cli.parser import parse_arguments
+from mcore_spec.cli.training_arguments import FinetuneArguments
 from mcore_spec.config import TrainingConfig
 from mcore_spec.drafts.vocab_map import check_draft_to_target, select_draft_vocabulary, target_to_draft
 from mcore_spec.errors import ConfigError
@@ -51,6 +53,33 @@ def test_what_a_run_may_be() -> None:
     )
     assert config.loggers == ("tensorboard", "wandb")
     assert config.split_weights == (9, 1, 0)
+
+
+def test_megatron_lms_options_are_read_as_megatron_lm_reads_them() -> None:
+    line = (
+        "--load CKPT --save CKPT2 --data-path conversations.jsonl --data-path another.jsonl "
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 3 --context-parallel-size 4 --sequence-parallel "
+        "--decoder-last-pipeline-num-layers 5 --seq-length 4096 --micro-batch-size 1 --global-batch-size 32 "
+        "--train-iters 1000 --lr 1e-4 --min-lr 0 --lr-decay-style cosine --lr-warmup-iters 50 --clip-grad 0.5 "
+        "--weight-decay 0 --adam-beta1 0.9 --adam-beta2 0.95 --bf16 --log-interval 10 --save-interval 200 "
+        "--eval-interval 200 --eval-iters 10 --split 98,2,0 --recompute-granularity draft "
+        "--logger tensorboard,wandb,trackio --seed 1234 --on-bad-line skip --no-packing"
+    )
+    read = parse_arguments(FinetuneArguments, line.split(), prog="finetune", description="")
+    assert read.data_path == ("conversations.jsonl", "another.jsonl")
+    sizes = (read.tensor_model_parallel_size, read.pipeline_model_parallel_size, read.context_parallel_size)
+    assert (sizes, read.sequence_parallel, read.decoder_last_pipeline_num_layers) == ((2, 3, 4), True, 5)
+    assert (read.seq_length, read.micro_batch_size, read.global_batch_size, read.train_iters) == (4096, 1, 32, 1000)
+    assert (read.lr, read.min_lr, read.lr_decay_style, read.lr_warmup_iters) == (1e-4, 0.0, "cosine", 50)
+    assert (read.clip_grad, read.weight_decay, read.adam_beta1, read.adam_beta2) == (0.5, 0.0, 0.9, 0.95)
+    assert (read.log_interval, read.save_interval, read.eval_interval, read.eval_iters) == (10, 200, 200, 10)
+    assert (read.bf16, read.split_weights, read.recompute_granularity) == (True, (98, 2, 0), "draft")
+    assert (read.loggers, read.seed, read.on_bad_line) == (("tensorboard", "wandb", "trackio"), 1234, "skip")
+    assert not read.packing
+    for other in (("--train-samples", "train_samples"), ("--num-epochs", "num_epochs")):
+        instead = line.replace("--train-iters 1000", f"{other[0]} 7").split()
+        read = parse_arguments(FinetuneArguments, instead, prog="finetune", description="")
+        assert (read.train_iters, read.model_dump()[other[1]]) == (None, 7)
 
 
 def test_a_log_is_cut_at_the_iteration_that_is_resumed(tmp_path: Path) -> None:

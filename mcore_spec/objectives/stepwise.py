@@ -1,0 +1,149 @@
+"""The objective of drafts that are fed with their own states: the base's distribution at every training-time-test step.
+
+The members of the EAGLE family differ in what they read, which the draft says, and in the values of `Terms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mcore_spec.bases.base import Base
+from mcore_spec.bases.features import Features, features_for
+from mcore_spec.config import EagleConfig
+from mcore_spec.data.batch import Batch
+from mcore_spec.data.noise import uniform_noise
+from mcore_spec.drafts.steps import Mixing, StepOutput
+from mcore_spec.drafts.stepwise import StepwiseDraft
+from mcore_spec.errors import ConfigError
+from mcore_spec.losses.fused import distillation_loss
+from mcore_spec.losses.outcome import LossOutput
+from mcore_spec.losses.regression import feature_regression
+from mcore_spec.objectives.rows import relate_vocabularies, teacher_rows
+from mcore_spec.parallel.documents import Documents
+
+# Tokens of the document whose noise has the configured amplitude; a longer one has less (EAGLE-1's training code).
+NOISE_LENGTH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What the loss of a row is made of.
+
+    Attributes:
+        cross_entropy: factor of the cross-entropy.
+        regression: factor of the distance between the draft's state and the base's next one; 0: not computed.
+    """
+
+    cross_entropy: float = 1.0
+    regression: float = 0.0
+
+
+class StepwiseObjective:
+    """See `Objective`."""
+
+    def __init__(
+        self,
+        config: EagleConfig,
+        base: Base,
+        draft: StepwiseDraft,
+        *,
+        terms: Terms | None = None,
+        recompute: bool = False,
+    ) -> None:
+        """Look at both heads.
+
+        Args:
+            config: resolved.
+            base: the teacher.
+            draft: the student.
+            terms: of the loss; ``None``: the cross-entropy alone.
+            recompute: compute the activations of each TTT step again in backward.
+        """
+        self.config, self.base, self.draft, self.recompute = config, base, draft, recompute
+        self.terms = terms or Terms()
+        heads = draft.own_heads()
+        is_reduced = bool(heads) and heads[0].vocab_size < base.architecture.vocab_size
+        token_ids = draft.head_token_ids() if is_reduced else None
+        self.vocabulary = relate_vocabularies(base, heads, token_ids)
+
+    def __call__(self, batch: Batch, documents: Documents, features: Features) -> LossOutput:
+        """Sums over this rank's rows."""
+        tp, config = self.base.tp, self.config
+        embeddings = [self.base.embed(token_ids[None]) for token_ids in documents.take(batch.step_token_ids, 1)]
+        outputs = self.draft(
+            self._with_noise(features_for(self.draft, features), batch, documents),
+            embeddings,
+            documents=documents,
+            recompute=self.recompute,
+            mixing=self._mixing(batch, documents),
+            detach=config.eagle_detach_states,
+        )
+        teacher = teacher_rows(features, documents, tp)
+        position = documents.row_index.to(batch.token_ids.device)
+        counted = documents.take(batch.counted, 1)
+        entropy = distillation_loss(
+            [tp.enter(output.hidden)[:, 0] for output in outputs],
+            teacher,
+            position=position,
+            counted=counted,
+            vocabulary=self.vocabulary,
+            decay=config.eagle_loss_decay_factor,
+            keep_out_of_vocabulary=config.eagle_keep_out_of_vocabulary,
+            labels=None if config.eagle_self_logit_distillation else documents.take(batch.labels, 1),
+        )
+        return self._with_regression(entropy, outputs, teacher, position, counted)
+
+    def _with_regression(
+        self,
+        entropy: LossOutput,
+        outputs: Sequence[StepOutput],
+        teacher: Tensor,
+        position: Tensor,
+        counted: Tensor,
+    ) -> LossOutput:
+        """The cross-entropy and, where it is wanted, the distance of the states."""
+        if self.terms.regression == 0:
+            return entropy
+        regression = feature_regression(
+            [output.hidden[:, 0] for output in outputs],
+            teacher,
+            position=position,
+            counted=counted,
+            decay=self.config.eagle_loss_decay_factor,
+            tp=self.base.tp,
+        )
+        loss = self.terms.cross_entropy * entropy.loss + self.terms.regression * regression.loss
+        return entropy._replace(loss=loss, regression_by_step=regression.loss_by_step)
+
+    def _with_noise(self, features: Tensor, batch: Batch, documents: Documents) -> Tensor:
+        """Features [s or s/size, 1, h] with noise; not in validation."""
+        amplitude = self.config.eagle_feature_noise
+        if amplitude == 0 or not torch.is_grad_enabled():
+            return features
+        if batch.noise_keys is None:
+            raise ConfigError(
+                f"eagle_feature_noise = {amplitude}, but the batch has no keys for it; give make_batch noise_keys = "
+                "one number a document"
+            )
+        own_rows = self.base.tp.own_rows
+        rows = documents.local_rows(features.device)
+        keys = own_rows(documents.take(batch.noise_keys))
+        noise = uniform_noise(keys, own_rows(rows.positions), features.shape[-1])
+        wide = torch.promote_types(features.dtype, noise.dtype)
+        reach = amplitude * NOISE_LENGTH / own_rows(rows.lengths).to(wide)
+        return features + (noise.to(wide) * reach[:, None])[:, None].to(features.dtype)
+
+    def _mixing(self, batch: Batch, documents: Documents) -> Mixing | None:
+        """How states are mixed; not in validation, which measures what an engine will compute."""
+        if not (self.config.eagle_mix_hidden_states and torch.is_grad_enabled()):
+            return None
+        if batch.replaced is None:
+            raise ConfigError(
+                "eagle_mix_hidden_states = true, but the batch does not say which rows are mixed; give make_batch "
+                "mixing = one random generator a document"
+            )
+        return Mixing(documents.take(batch.replaced, 1), documents, self.base.tp)

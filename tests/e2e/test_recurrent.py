@@ -1,0 +1,93 @@
+"""EAGLE-1 and EAGLE-MTP through the commands: converted, trained, measured, exported and read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mcore_spec.config import EagleAlgorithm
+from tests.e2e.conftest import Run, check_refused, make_chat_base
+from tests.e2e.test_finetune import CONVERSATIONS, VOCAB_SIZE, conversation, log_of, words
+
+pytestmark = pytest.mark.e2e
+ARCHITECTURES = {"eagle1": "LlamaForCausalLM", "eagle-mtp": "EagleMTPModel"}
+
+
+@pytest.fixture(scope="module")
+def base(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("recurrent") / "base"
+    return make_chat_base(directory, demo_base=demo_base, vocab_size=VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def data(base: Path) -> Path:
+    path = base.parent / "conversations.jsonl"
+    path.write_text("".join(json.dumps(conversation(*turns)) + "\n" for turns in CONVERSATIONS))
+    return path
+
+
+def convert(run: Run, base: Path, save: Path, member: EagleAlgorithm, **fields: object) -> Path:
+    config = save.with_suffix(".json")
+    config.write_text(json.dumps({"eagle_architecture_config": FLAGS[member], **fields}))
+    chosen = ("--export-algorithm", "eagle", "--export-eagle-algorithm", member, "--algorithm-config", config)
+    done = run("convert", "--pretrained-model-path", base, *chosen, "--save", save)
+    assert done.code == 0, done.err
+    return save
+
+
+FLAGS = {
+    "eagle1": {"use_input_layernorm_in_first_layer": False},
+    "eagle-mtp": {"use_mtp_layernorm": True, "use_last_layernorm": True},
+}
+
+
+@pytest.mark.parametrize("member", ["eagle1", "eagle-mtp"])
+def test_from_conversations_to_an_exported_draft(
+    member: EagleAlgorithm, run: Run, base: Path, data: Path, tmp_path: Path
+) -> None:
+    fields = {"eagle_feature_noise": 0.001} if member == "eagle1" else {}
+    converted, save = convert(run, base, tmp_path / "converted", member, **fields), tmp_path / "trained"
+    done = run("finetune", *words(converted, data, save, "--train-iters", 3, "--eval-acceptance-interval", 2))
+    assert done.code == 0, done.err
+    trained = [entry for entry in log_of(save) if "loss" in entry]
+    assert len(trained) == 3
+    assert all(("regression_by_step" in entry) == (member == "eagle1") for entry in trained)
+    assert any("acceptance_length" in entry for entry in log_of(save))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Name three colours.\nSay hello.\n")
+    asked = ("--prompts-path", prompts, "--steps", 2, "--osl", 8)
+    done = run("validate", "--load", save, *asked, "--output", tmp_path / "first.json")
+    assert done.code == 0, done.err
+    draft = tmp_path / "draft"
+    done = run("export", "--load", save, "--export-dir", draft, "--export-extra-modules")
+    assert done.code == 0, done.err
+    assert json.loads((draft / "config.json").read_text())["architectures"] == [ARCHITECTURES[member]]
+    done = run("validate", "--base", base, "--draft", draft, *asked, "--output", tmp_path / "second.json")
+    assert done.code == 0, done.err
+    first, second = (json.loads((tmp_path / name).read_text()) for name in ("first.json", "second.json"))
+    assert first["lossless"] and second["lossless"]
+    assert first["acceptance_length"] == second["acceptance_length"]
+
+
+def test_a_log_without_accuracy(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
+    converted = convert(run, base, tmp_path / "converted", "eagle-mtp", eagle_report_acc=False)
+    done = run("finetune", *words(converted, data, tmp_path / "trained", "--train-iters", 1))
+    assert done.code == 0, done.err
+    for entry in log_of(tmp_path / "trained"):
+        assert not any("accuracy" in name or "simulated" in name for name in entry)
+
+
+def test_what_these_drafts_do_not_have(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
+    chosen = ("--export-algorithm", "eagle", "--export-eagle-algorithm", "eagle1", "--draft-init", "base")
+    done = run("convert", "--pretrained-model-path", base, *chosen, "--save", tmp_path / "refused")
+    check_refused(done, "draft_init = base is not built for EAGLE-1", "choose draft_init = random")
+    assert not (tmp_path / "refused").exists()
+    reusing = convert(run, base, tmp_path / "converted", "eagle-mtp", eagle_reuse_base_decoder=True)
+    done = run("finetune", *words(reusing, data, tmp_path / "save", "--train-iters", 1, "--fit-start", 1))
+    check_refused(done, "fit_start = 1: this draft has no such start", "leave it at 0")
+    unfrozen = convert(run, base, tmp_path / "unfrozen", "eagle1", eagle_freeze_base_model=False)
+    done = run("finetune", *words(unfrozen, data, tmp_path / "save", "--train-iters", 1))
+    check_refused(done, "eagle_freeze_base_model = false: training the base too is not built yet")
+    assert not (tmp_path / "save").exists()
