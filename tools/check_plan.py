@@ -33,7 +33,7 @@ from mcore_spec.conversion import convert
 from mcore_spec.data.batch import Batch, make_batch
 from mcore_spec.data.document import Document
 from mcore_spec.drafts.resolve import resolve_eagle
-from mcore_spec.objectives import eagle3 as objective_module
+from mcore_spec.objectives import stepwise as objective_module
 from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.planning.activations import TrainingSetup
 from mcore_spec.planning.layout import PlannedLayout
@@ -275,7 +275,7 @@ def count_fixed(base: MegatronBase, step: DraftStep, optimizer: DraftOptimizer) 
         "draft vocabulary": sum(_bytes(buffer) for buffer in buffers if not buffer.is_floating_point()),
     }
     if step.objective is not None:
-        assert isinstance(step.objective, objective_module.Eagle3Objective)
+        assert isinstance(step.objective, objective_module.StepwiseObjective)
         vocabulary = step.objective.vocabulary
         kept = (vocabulary.draft_to_target, vocabulary.target_to_draft, vocabulary.teacher_rows)
         fixed["draft vocabulary"] += sum(_bytes(tensor) for tensor in kept if tensor is not None)

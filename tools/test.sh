@@ -41,4 +41,4 @@ step python tools/check_style.py
 step python -m pytest tests/unit
 # Last and bare: its closing line, with its time in it, is the last line of all.
 announce python -m pytest tests/parity tests/parallel tests/e2e
-python -m pytest tests/parity tests/parallel tests/e2e
+python -m pytest --durations=20 --durations-min=10 tests/parity tests/parallel tests/e2e
