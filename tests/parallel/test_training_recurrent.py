@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mcore_spec.data.noise import uniform_noise
 from mcore_spec.parallel.layout import Layout
-from tests.parallel.test_training import TOLERANCE
+from tests.parallel.checks import check_step
 from tests.parallel.training_cases import (
     DECAY,
     NUM_STEPS,
@@ -170,33 +170,7 @@ def test_gradients_equal_the_reference(
     )
     for rank, result in enumerate(results):
         for case in cases:
-            _check(f"rank {rank}, {case}", result[case], expected[family][case])
+            wanted = expected[family][case]
+            check_step(f"rank {rank}, {case}", result[case], wanted.objective, wanted.weights, num_steps=NUM_STEPS)
     for case in cases:
         assert any(result[case]["gradients"] for result in results)
-
-
-def _check(where: str, found: dict[str, Any], wanted: Expected) -> None:
-    objective, steps = wanted.objective, NUM_STEPS
-    sums = found["totals"]
-    assert sums[steps : 2 * steps].tolist() == objective.rows, where
-    assert sums[2 * steps : 3 * steps].tolist() == objective.judged, where
-    assert sums[3 * steps : 4 * steps].tolist() == objective.correct, where
-    assert sums[4 * steps + 1] == objective.accepted, where
-    torch.testing.assert_close(sums[4 * steps] / sums[2 * steps], objective.loss.detach(), rtol=TOLERANCE, atol=0)
-    regression = sums[4 * steps + 3 :].tolist()
-    assert regression == pytest.approx(objective.regression if any(objective.regression) else [], rel=TOLERANCE), where
-    if found["gradients"] is None:
-        return
-    assert found["gradients"].keys() == wanted.weights.keys(), where
-    for key, gradient in found["gradients"].items():
-        reference = wanted.weights[key].grad
-        assert reference is not None
-        largest = float(reference.abs().max())
-        assert largest > 0, f"{where}: {key} has no gradient"
-        torch.testing.assert_close(
-            gradient,
-            reference,
-            rtol=TOLERANCE,
-            atol=TOLERANCE * largest,
-            msg=lambda text, key=key: f"{where}: {key}: {text}",
-        )

@@ -1,0 +1,59 @@
+"""What the tests of several drafts ask of a training step and of an interrupted run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.reference.training import Objective
+
+# float64 sums in another order; hidden states are of order one, losses of order log(vocabulary).
+TOLERANCE = 1e-9
+
+
+def check_step(
+    where: str, found: Mapping[str, Any], objective: Objective, weights: Mapping[str, Tensor], *, num_steps: int
+) -> None:
+    """Totals and gradients of one rank are the reference's, which has run backward."""
+    sums, steps = found["totals"], num_steps
+    assert sums[steps : 2 * steps].tolist() == objective.rows, where
+    assert sums[2 * steps : 3 * steps].tolist() == objective.judged, where
+    assert sums[3 * steps : 4 * steps].tolist() == objective.correct, where
+    assert sums[4 * steps + 1] == objective.accepted, where
+    torch.testing.assert_close(sums[4 * steps] / sums[2 * steps], objective.loss.detach(), rtol=TOLERANCE, atol=0)
+    regression = sums[4 * steps + 3 :].tolist()
+    assert regression == pytest.approx(objective.regression if any(objective.regression) else [], rel=TOLERANCE), where
+    check_gradients(where, found["gradients"], weights)
+
+
+def check_gradients(where: str, found: Mapping[str, Tensor] | None, weights: Mapping[str, Tensor]) -> None:
+    """Every whole gradient is that of the reference's weight, and none is zero; a rank without the draft has none."""
+    if found is None:
+        return
+    assert found.keys() == weights.keys(), where
+    for key, gradient in found.items():
+        reference = weights[key].grad
+        assert reference is not None
+        largest = float(reference.abs().max())
+        assert largest > 0, f"{where}: {key} has no gradient"
+        torch.testing.assert_close(
+            gradient,
+            reference,
+            rtol=TOLERANCE,
+            atol=TOLERANCE * largest,
+            msg=lambda text, key=key: f"{where}: {key}: {text}",
+        )
+
+
+def check_resumed(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of `trainer_cases.interrupted_and_not`: one run, bit for bit, that moved the draft alone; its log."""
+    for result in results:
+        assert (result["differing"], result["unmoved"], result["moved base"]) == ([], [], [])
+    whole, parts = results[0]["logs"]
+    assert parts == whole
+    log: list[dict[str, Any]] = whole
+    return log
