@@ -50,7 +50,7 @@ def executable(path: Path, text: str) -> None:
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """Both environments, the first up to date, and what earlier commands have left in the work directory."""
-    venv, work = tmp_path / "venv", tmp_path / "work"
+    venv, work = tmp_path / "venv", tmp_path / "out"
     for name, text in (("python", PYTHON), ("mcore-spec", COMMAND), ("torchrun", COMMAND)):
         executable(venv / "bin" / name, text)
     executable(tmp_path / "vllm" / "bin" / "python", VLLM)
@@ -72,7 +72,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def quickstart(environment: dict[str, str], tmp_path: Path, *words: str, **changes: str) -> Ended:
     """Run it."""
-    command = ["bash", "tools/quickstart.sh", "--quick", "--work-dir", str(tmp_path / "work"), *words]
+    command = ["bash", "tools/quickstart.sh", "--quick", "--work-dir", str(tmp_path / "out"), *words]
     return subprocess.run(
         command, cwd=REPOSITORY, env={**environment, **changes}, capture_output=True, text=True, timeout=60
     )
@@ -87,14 +87,14 @@ def served(tmp_path: Path, **changes: Any) -> str:
 
 def page(tmp_path: Path) -> str:
     """What the report says."""
-    return (tmp_path / "work" / "report.md").read_text()
+    return (tmp_path / "out" / "report.md").read_text()
 
 
 def test_without_an_engine_the_page_has_the_command_for_it(environment: dict[str, str], tmp_path: Path) -> None:
     done = quickstart(environment, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "vllm" not in (tmp_path / "calls").read_text()
-    work = tmp_path / "work"
+    work = tmp_path / "out"
     text = page(tmp_path)
     assert "| acceptance length (tokens a pass of the base) | 1.010 | 1.400 |" in text
     assert "bash tools/vllm_environment.sh" in text
@@ -109,8 +109,8 @@ def test_what_vllm_counts_stands_on_the_page(environment: dict[str, str], tmp_pa
     done = quickstart(environment, tmp_path, "--serve", SERVED=served(tmp_path))
     assert done.returncode == 0, done.stderr
     (call,) = (line for line in (tmp_path / "calls").read_text().splitlines() if "serve_check" in line)
-    assert call.startswith(f"vllm {REPOSITORY} tools/serve_check.py --base {tmp_path}/work/base --draft ")
-    assert f"--validated {tmp_path}/work/validate.json" in call
+    assert call.startswith(f"vllm {REPOSITORY} tools/serve_check.py --base {tmp_path}/out/base --draft ")
+    assert f"--validated {tmp_path}/out/validate.json" in call
     assert "acceptance length 1.404, 0.28% from what was measured" in page(tmp_path)
     assert "0.310, 0.300, 0.000" in page(tmp_path)
     assert "tools/vllm_environment.sh" not in page(tmp_path)
@@ -125,8 +125,8 @@ def test_another_acceptance_fails_behind_the_page(environment: dict[str, str], t
 
 
 def test_an_engine_that_does_not_serve_fails(environment: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "work" / "serve.json").write_text("of an earlier run")
+    (tmp_path / "out" / "serve.json").write_text("of an earlier run")
     done = quickstart(environment, tmp_path, "--serve", SERVE_CODE="1")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: vLLM did not serve the draft"
-    assert not (tmp_path / "work" / "report.md").exists()
+    assert not (tmp_path / "out" / "report.md").exists()

@@ -31,12 +31,12 @@ def split_command(command: Sequence[str]) -> list[str]:
 )
 def test_commands_are_the_packages_own(start: str, draft_init: str, fit_start: int) -> None:
     cell = Cell(start, 5e-5, "none", 7)
-    argv = split_command(convert_command(cell, SETTINGS, Path("/work/cell")))
+    argv = split_command(convert_command(cell, SETTINGS, Path("/elsewhere/cell")))
     convert = parse_arguments(ConvertArguments, argv, prog="convert", description="")
-    assert (convert.draft_init, convert.seed, convert.save) == (draft_init, 7, "/work/cell/converted")
-    argv = split_command(finetune_command(cell, SETTINGS, Path("/work/cell")))
+    assert (convert.draft_init, convert.seed, convert.save) == (draft_init, 7, "/elsewhere/cell/converted")
+    argv = split_command(finetune_command(cell, SETTINGS, Path("/elsewhere/cell")))
     finetune = parse_arguments(FinetuneArguments, argv, prog="finetune", description="")
-    assert (finetune.load, finetune.save) == ("/work/cell/converted", "/work/cell/run")
+    assert (finetune.load, finetune.save) == ("/elsewhere/cell/converted", "/elsewhere/cell/run")
     assert (finetune.fit_start, finetune.seed, finetune.lr, finetune.lr_scaling) == (fit_start, 7, 5e-5, "none")
     assert (finetune.train_iters, finetune.lr_warmup_iters, finetune.split) == (100, 10, "90,10,0")
     assert (finetune.micro_batch_size, finetune.global_batch_size, finetune.seq_length) == (4, 4, 256)
@@ -48,7 +48,7 @@ def test_commands_are_the_packages_own(start: str, draft_init: str, fit_start: i
 def test_finetune_chooses_the_batches_of_a_fit_where_none_are_given() -> None:
     settings = SETTINGS._replace(fit_batches=None)
     has_flag = {
-        start: "--fit-start" in finetune_command(Cell(start, 1e-4, "none", 1), settings, Path("/work/cell"))
+        start: "--fit-start" in finetune_command(Cell(start, 1e-4, "none", 1), settings, Path("/elsewhere/cell"))
         for start in starts.STARTS
     }
     assert has_flag == {"random": True, "base": True, "fit": False}
