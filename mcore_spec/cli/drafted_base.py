@@ -16,7 +16,7 @@ from mcore_spec.evaluation.prompts import TokenizerPrompts
 from mcore_spec.evaluation.tree import Topology
 from mcore_spec.evaluation.typical import TypicalAcceptance
 from mcore_spec.export.modules import draft_names
-from mcore_spec.export.reader import attach_exported, read_exported
+from mcore_spec.export.reader import attach_read, read_exported
 from mcore_spec.parallel.layout import Layout, run_on_rank_zero
 from mcore_spec.weights.hf_config import describe_hf, locate, read_hf_config
 from mcore_spec.weights.hf_import import import_hf
@@ -71,7 +71,7 @@ def _from_directories(arguments: DraftedBaseArguments, layout: Layout) -> Drafte
                 "its proposals fit less well"
             )
         import_hf(model, weights, cast=base.dtype != stored.dtype)
-    attach_exported(model, draft)
+    attach_read(model, exported)
     return DraftedBase(model, prompts)
 
 

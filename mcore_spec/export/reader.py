@@ -114,8 +114,19 @@ def attach_exported(model: nn.Module, directory: Path) -> CheckpointRecord:
         CheckpointError: no export, another base, or tensors missing, left over or of another shape.
         UnsupportedError: a draft by somebody else that this package cannot follow.
     """
-    base = as_base(model)
-    exported = read_exported(directory, base.architecture)
+    exported = read_exported(directory, as_base(model).architecture)
+    attach_read(model, exported)
+    return exported.record
+
+
+def attach_read(model: nn.Module, exported: Exported) -> None:
+    """`attach_exported` of a directory that `read_exported` has read.
+
+    Raises:
+        CheckpointError: tensors missing, left over or of another shape.
+        UnsupportedError: an embedding of the draft's own.
+    """
+    base, directory = as_base(model), exported.directory
     conversion = exported.record.conversion
     assert conversion is not None, "read_exported refuses a base without a draft"
     algorithm = find_algorithm(conversion.algorithm)
@@ -138,7 +149,6 @@ def attach_exported(model: nn.Module, directory: Path) -> CheckpointRecord:
         base.copy_embedding_to_last_stage()
     if exported.is_foreign:
         run_on_every_rank(lambda: _check_embedding(base, directory))
-    return exported.record
 
 
 def _plan(draft: Draft, exported: Exported) -> ExportPlan:

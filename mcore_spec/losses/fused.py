@@ -307,7 +307,7 @@ class _Work:
             # The factor is applied to a row of h, not of the vocabulary, and before rounding to the row's dtype.
             scale = (entered.to(self.wide) * factor)[:, None]
             grad.index_copy_(0, step.rows, (torch.mm(descent, head.weight) * scale).to(grad.dtype))
-        whole_grad = self.head_grads[step.step if len(self.head_grads) > 1 else 0]
+        whole_grad = self.head_grads[self.request.vocabulary.head_of(step.step)]
         if whole_grad is None:
             return
         entered_hidden, head_grad = hidden * entered[:, None], whole_grad[: head.width]

@@ -47,11 +47,10 @@ def distillation_loss_reference(
     # The base id of each row of the student's head.
     draft_ids = list(range(vocabulary.vocab_size)) if ids is None else ids.tolist()
     teacher_head = vocabulary.teacher_head.detach()[: vocabulary.vocab_size]
-    heads = vocabulary.student_heads * (1 if len(vocabulary.student_heads) > 1 else len(student))
-    student_heads = [head[: len(draft_ids)] for head in heads]
     entered, correct = torch.zeros_like(counted), torch.zeros_like(counted)
     losses = []
-    for k, (hidden, student_head) in enumerate(zip(student, student_heads, strict=True)):
+    for k, hidden in enumerate(student):
+        student_head = vocabulary.student_heads[vocabulary.head_of(k)][: len(draft_ids)]
         # A zero that depends on every input, so that a step without rows has gradients of zero.
         loss = 0 * (hidden.sum() + student_head.sum()).to(wide)
         for row in counted[k].nonzero().flatten().tolist():

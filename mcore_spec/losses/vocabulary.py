@@ -132,10 +132,13 @@ class Vocabulary:
         """This rank's part of the draft vocabulary; of several heads, the first one's rows."""
         return self.student_at(0)
 
+    def head_of(self, step: int) -> int:
+        """Which of `student_heads` a step reads."""
+        return step if len(self.student_heads) > 1 else 0
+
     def student_at(self, step: int) -> VocabularySlice:
         """This rank's part of the head that a step reads."""
-        heads = self.student_heads
-        return self._slice(heads[step if len(heads) > 1 else 0].detach(), self.draft_size)
+        return self._slice(self.student_heads[self.head_of(step)].detach(), self.draft_size)
 
     def _slice(self, head: Tensor, size: int) -> VocabularySlice:
         first = self.tp.rank * head.shape[0]

@@ -5,23 +5,13 @@ The factors of the two parts are those of the paper (Li et al., arXiv 2401.15077
 
 from __future__ import annotations
 
-from functools import partial
-
 from mcore_spec.config import EagleConfig
 from mcore_spec.objectives.objective import Task
-from mcore_spec.objectives.stepwise import StepwiseObjective, Terms
+from mcore_spec.objectives.stepwise import Terms, stepwise_task
 
 TERMS = Terms(cross_entropy=0.1, regression=1.0)
 
 
 def eagle1_task(config: EagleConfig) -> Task:
     """What training the draft of this configuration takes."""
-    return Task(
-        num_steps=config.eagle_ttt_steps,
-        mixes_hidden_states=config.eagle_mix_hidden_states,
-        reports_accuracy=config.eagle_report_acc,
-        draws_noise=config.eagle_feature_noise > 0,
-        regresses_features=True,
-        starts_linearly=True,
-        make_objective=partial(StepwiseObjective, config, terms=TERMS),
-    )
+    return stepwise_task(config, starts_linearly=True, terms=TERMS)

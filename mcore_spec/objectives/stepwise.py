@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from mcore_spec.errors import ConfigError
 from mcore_spec.losses.fused import distillation_loss
 from mcore_spec.losses.outcome import LossOutput
 from mcore_spec.losses.regression import feature_regression
+from mcore_spec.objectives.objective import Task
 from mcore_spec.objectives.rows import relate_vocabularies, teacher_rows
 from mcore_spec.parallel.documents import Documents
 
@@ -42,6 +44,29 @@ class Terms:
     regression: float = 0.0
 
 
+ENTROPY = Terms()
+
+
+def stepwise_task(config: EagleConfig, *, starts_linearly: bool, terms: Terms = ENTROPY) -> Task:
+    """What training a member of the family takes.
+
+    Args:
+        config: resolved.
+        starts_linearly: whether the member has a least-squares start.
+        terms: of its loss.
+    """
+    return Task(
+        num_steps=config.eagle_ttt_steps,
+        aux_layer_ids=config.eagle_architecture_config.eagle_aux_hidden_state_layer_ids,
+        mixes_hidden_states=config.eagle_mix_hidden_states,
+        reports_accuracy=config.eagle_report_acc,
+        draws_noise=config.eagle_feature_noise > 0,
+        regresses_features=terms.regression > 0,
+        starts_linearly=starts_linearly,
+        make_objective=partial(StepwiseObjective, config, terms=terms),
+    )
+
+
 class StepwiseObjective:
     """See `Objective`."""
 
@@ -51,7 +76,7 @@ class StepwiseObjective:
         base: Base,
         draft: StepwiseDraft,
         *,
-        terms: Terms | None = None,
+        terms: Terms = ENTROPY,
         recompute: bool = False,
     ) -> None:
         """Look at both heads.
@@ -60,11 +85,11 @@ class StepwiseObjective:
             config: resolved.
             base: the teacher.
             draft: the student.
-            terms: of the loss; ``None``: the cross-entropy alone.
+            terms: of the loss.
             recompute: compute the activations of each TTT step again in backward.
         """
         self.config, self.base, self.draft, self.recompute = config, base, draft, recompute
-        self.terms = terms or Terms()
+        self.terms = terms
         heads = draft.own_heads()
         is_reduced = bool(heads) and heads[0].vocab_size < base.architecture.vocab_size
         token_ids = draft.head_token_ids() if is_reduced else None

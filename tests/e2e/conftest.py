@@ -15,6 +15,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from mcore_spec.cli.main import run_command
 
 VOCAB_SIZE = 103
+# Of the demo model's tokenizer.
+CHAT_VOCAB_SIZE = 49152
+CONVERSATIONS = [
+    ("Name three colours.", "Red, green and blue."),
+    ("What is two plus two?", "Two plus two is four."),
+    ("Say hello in French.", "Bonjour! That is how one says hello in French."),
+    ("Which planet is the largest?", "Jupiter is the largest planet of the solar system."),
+    ("Give me a word that rhymes with house.", "Mouse."),
+    ("Write a very short poem.", "The rain falls soft on roof and stone; the night is long, but not alone."),
+]
 SIZES = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,

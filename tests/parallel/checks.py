@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from mcore_spec.parallel.layout import Layout
+from tests.parallel.trainer_cases import Run
+from tests.pool import RankPool
 from tests.reference.training import Objective
 
 # float64 sums in another order; hidden states are of order one, losses of order log(vocabulary).
 TOLERANCE = 1e-9
+# Every axis by itself, and how many ranks that is.
+EACH_AXIS = {
+    "one": (Layout(), 1),
+    "TP2": (Layout(tensor=2), 2),
+    "TP2+SP": (Layout(tensor=2, sequence_parallel=True), 2),
+    "PP2": (Layout(pipeline=2), 2),
+    "CP2": (Layout(context=2), 2),
+    "DP2": (Layout(), 2),
+}
 
 
 def check_step(
@@ -49,11 +62,18 @@ def check_gradients(where: str, found: Mapping[str, Tensor] | None, weights: Map
         )
 
 
-def check_resumed(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of `trainer_cases.interrupted_and_not`: one run, bit for bit, that moved the draft alone; its log."""
+def check_resumed(
+    rank_pool: RankPool, run: Run, *, world_size: int, directory: Path, save: Path
+) -> list[dict[str, Any]]:
+    """Interrupted and resumed, a run is the run that never stopped, bit for bit, and moves the draft alone.
+
+    Returns:
+        What each rank saw, of `trainer_cases.interrupted_and_not`; rank 0 has both logs, which are the same.
+    """
+    case = "tests.parallel.trainer_cases:interrupted_and_not"
+    results = rank_pool.run(case, world_size=world_size, run=run, directory=directory, save=save)
     for result in results:
         assert (result["differing"], result["unmoved"], result["moved base"]) == ([], [], [])
     whole, parts = results[0]["logs"]
     assert parts == whole
-    log: list[dict[str, Any]] = whole
-    return log
+    return list(results)

@@ -13,18 +13,14 @@ from mcore_spec.config import EagleAlgorithm
 from mcore_spec.drafts.linear_start import RIDGE, LinearMap, factor
 from mcore_spec.parallel.layout import Layout
 from tests.parallel.linear_start_cases import RECURRENT
+from tests.parallel.checks import EACH_AXIS
 from tests.parallel.training_cases import documents
 from tests.pool import RankPool
 from tests.tiny import write_hf_model
 
 CASES = "tests.parallel.linear_start_cases"
 LAYOUTS = {
-    "one": (Layout(), 1),
-    "TP2": (Layout(tensor=2), 2),
-    "TP2+SP": (Layout(tensor=2, sequence_parallel=True), 2),
-    "PP2": (Layout(pipeline=2), 2),
-    "CP2": (Layout(context=2), 2),
-    "DP2": (Layout(), 2),
+    **EACH_AXIS,
     "TP2 CP2+SP": (Layout(tensor=2, context=2, sequence_parallel=True), 4),
 }
 

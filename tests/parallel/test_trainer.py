@@ -57,14 +57,12 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     name: str, rank_pool: RankPool, directory: Path, tmp_path: Path
 ) -> None:
     run, world_size = RUNS[name]
-    results = rank_pool.run(
-        f"{CASES}:interrupted_and_not", world_size=world_size, run=run, directory=directory, save=tmp_path
-    )
+    results = check_resumed(rank_pool, run, world_size=world_size, directory=directory, save=tmp_path)
     for result in results:
         progress = result["progress"]
         assert (progress["iteration"], progress["num_updates"], progress["num_skipped"]) == (6, 6, 0)
         assert progress["consumed_samples"] == 6 * GLOBAL_BATCH_SIZE
-    whole = check_resumed(results)
+    whole, _ = results[0]["logs"]
     validated = [3, 6] if "eval_interval" in run.options else [6]
     assert [line["iteration"] for line in whole] == sorted([2, 4, 6, *validated])
     assert whole[0]["learning_rate"] == pytest.approx(run.options.get("lr", 1e-2))

@@ -49,10 +49,8 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     name: str, rank_pool: RankPool, directory: Path, tmp_path: Path
 ) -> None:
     run, world_size = RUNS[name]
-    results = rank_pool.run(
-        f"{CASES}:interrupted_and_not", world_size=world_size, run=run, directory=directory, save=tmp_path
-    )
-    whole = check_resumed(results)
+    results = check_resumed(rank_pool, run, world_size=world_size, directory=directory, save=tmp_path)
+    whole, _ = results[0]["logs"]
     losses = [line["loss_by_step"] for line in whole if "loss" in line]
     # One figure a head, in every entry.
     assert all(len(line["accuracy"]) == 3 for line in whole if "loss" in line)

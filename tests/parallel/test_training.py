@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mcore_spec.parallel.layout import Layout
-from tests.parallel.checks import check_step
+from tests.parallel.checks import EACH_AXIS, check_step
 from tests.parallel.training_cases import CASES, DECAY, LENGTHS, NUM_STEPS, documents, drawn_weights, replaced_rows
 from tests.pool import RankPool
 from tests.reference.drafts import Shape
@@ -19,13 +19,8 @@ from tests.reference.training import Document, Objective, eagle3_objective
 from tests.tiny import draft_to_target, write_hf_model
 
 LAYOUTS = {
-    "one": (Layout(), 1),
-    "TP2": (Layout(tensor=2), 2),
-    "TP2+SP": (Layout(tensor=2, sequence_parallel=True), 2),
-    "PP2": (Layout(pipeline=2), 2),
+    **EACH_AXIS,
     "uneven PP2": (Layout(pipeline=2, last_stage_layers=1), 2),
-    "CP2": (Layout(context=2), 2),
-    "DP2": (Layout(), 2),
     "TP2 PP2": (Layout(tensor=2, pipeline=2), 4),
     "TP2 PP2+SP": (Layout(tensor=2, pipeline=2, sequence_parallel=True), 4),
     "TP2 CP2+SP": (Layout(tensor=2, context=2, sequence_parallel=True), 4),

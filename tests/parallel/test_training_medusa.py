@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mcore_spec.parallel.layout import Layout
-from tests.parallel.checks import TOLERANCE, check_gradients
+from tests.parallel.checks import EACH_AXIS, TOLERANCE, check_gradients
 from tests.parallel.medusa_cases import CASES, DECAY, documents, drawn_weights
 from tests.pool import RankPool
 from tests.reference.medusa import Document, Objective, medusa_objective
@@ -18,12 +18,7 @@ from tests.tiny import write_hf_model
 pytestmark = pytest.mark.parallel
 RANKS = "tests.parallel.medusa_cases"
 LAYOUTS = {
-    "one": (Layout(), 1),
-    "TP2": (Layout(tensor=2), 2),
-    "TP2+SP": (Layout(tensor=2, sequence_parallel=True), 2),
-    "PP2": (Layout(pipeline=2), 2),
-    "CP2": (Layout(context=2), 2),
-    "DP2": (Layout(), 2),
+    **EACH_AXIS,
     "TP2 PP2+SP": (Layout(tensor=2, pipeline=2, sequence_parallel=True), 4),
     "TP2 CP2": (Layout(tensor=2, context=2), 4),
 }

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mcore_spec.data.noise import uniform_noise
 from mcore_spec.parallel.layout import Layout
-from tests.parallel.checks import check_step
+from tests.parallel.checks import EACH_AXIS, check_step
 from tests.parallel.training_cases import (
     DECAY,
     NUM_STEPS,
@@ -32,12 +32,7 @@ from tests.tiny import write_hf_model
 
 TRAINING_CASES = "tests.parallel.training_cases"
 LAYOUTS = {
-    "one": (Layout(), 1),
-    "TP2": (Layout(tensor=2), 2),
-    "TP2+SP": (Layout(tensor=2, sequence_parallel=True), 2),
-    "PP2": (Layout(pipeline=2), 2),
-    "CP2": (Layout(context=2), 2),
-    "DP2": (Layout(), 2),
+    **EACH_AXIS,
     "TP2 CP2+SP": (Layout(tensor=2, context=2, sequence_parallel=True), 4),
     "TP2 PP2+SP": (Layout(tensor=2, pipeline=2, sequence_parallel=True), 4),
 }
