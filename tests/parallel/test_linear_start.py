@@ -12,8 +12,8 @@ from torch import Tensor
 from mcore_spec.config import EagleAlgorithm
 from mcore_spec.drafts.linear_start import RIDGE, LinearMap, factor
 from mcore_spec.parallel.layout import Layout
-from tests.parallel.linear_start_cases import RECURRENT
 from tests.parallel.checks import EACH_AXIS
+from tests.parallel.linear_start_cases import RECURRENT
 from tests.parallel.training_cases import documents
 from tests.pool import RankPool
 from tests.tiny import write_hf_model
