@@ -10,42 +10,10 @@ set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python}"
-model="" output_dir="" data=() num_gpu=1 num_epochs=1 mode=eagle3 lr=1e-4 train_bs=4 seq_len=2048 use_fsdp=False cp_size=1
-rest=()
-
-fail() {
-    echo "error: $1" >&2
-    exit 2
-}
-
-while [[ $# -gt 0 ]]; do
-    name="$1"
-    if [[ "$name" == --*=* ]]; then
-        set -- "${name%%=*}" "${name#*=}" "${@:2}"
-        name="$1"
-    fi
-    case "$name" in
-    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
-    --model | --output_dir | --data | --num_gpu | --num_epochs | --mode | --lr | --train_bs | --training_seq_len | \
-        --use_fsdp | --cp_size)
-        [[ $# -ge 2 ]] || fail "$name needs a value"
-        ;;
-    esac
-    case "$name" in
-    --model) model="$2"; shift 2 ;;
-    --output_dir) output_dir="$2"; shift 2 ;;
-    --data) data+=("$2"); shift 2 ;;
-    --num_gpu) num_gpu="$2"; shift 2 ;;
-    --num_epochs) num_epochs="$2"; shift 2 ;;
-    --mode) mode="$2"; shift 2 ;;
-    --lr) lr="$2"; shift 2 ;;
-    --train_bs) train_bs="$2"; shift 2 ;;
-    --training_seq_len) seq_len="$2"; shift 2 ;;
-    --use_fsdp) use_fsdp="$2"; shift 2 ;;
-    --cp_size) cp_size="$2"; shift 2 ;;
-    *) rest+=("$1"); shift ;;
-    esac
-done
+source "$here/options.sh"
+model="" output_dir="" data=() num_gpu=1 num_epochs=1 mode=eagle3 lr=1e-4 train_bs=4 training_seq_len=2048
+use_fsdp=False cp_size=1
+take_options "model output_dir data num_gpu num_epochs mode lr train_bs training_seq_len use_fsdp cp_size" "$@"
 [[ -n "$model" ]] || fail "--model is missing; give the base's directory or hub id"
 [[ -n "$output_dir" ]] || fail "--output_dir is missing; give the directory to write to"
 [[ ${#data[@]} -gt 0 ]] || fail "--data is missing; give a file of conversations"
@@ -74,4 +42,4 @@ fi
 exec "$python" "${launch[@]}" "$here/main.py" \
     --model_name_or_path "$model" --data_path "${data[@]}" --output_dir "$output_dir" --mode "$mode" \
     --num_train_epochs "$num_epochs" --learning_rate "$lr" --per_device_train_batch_size "$train_bs" \
-    --training_seq_len "$seq_len" "${training[@]}" "${rest[@]}"
+    --training_seq_len "$training_seq_len" "${training[@]}" "${rest[@]}"

@@ -10,36 +10,9 @@ set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python}"
+source "$here/options.sh"
 base_model="" num_gpu=1 data="" output_dir=eagle3_out num_prompts=16 osl=128
-rest=()
-
-fail() {
-    echo "error: $1" >&2
-    exit 2
-}
-
-while [[ $# -gt 0 ]]; do
-    name="$1"
-    if [[ "$name" == --*=* ]]; then
-        set -- "${name%%=*}" "${name#*=}" "${@:2}"
-        name="$1"
-    fi
-    case "$name" in
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
-    --base_model | --num_gpu | --data | --output_dir | --num_prompts | --osl)
-        [[ $# -ge 2 ]] || fail "$name needs a value"
-        ;;
-    esac
-    case "$name" in
-    --base_model) base_model="$2"; shift 2 ;;
-    --num_gpu) num_gpu="$2"; shift 2 ;;
-    --data) data="$2"; shift 2 ;;
-    --output_dir) output_dir="$2"; shift 2 ;;
-    --num_prompts) num_prompts="$2"; shift 2 ;;
-    --osl) osl="$2"; shift 2 ;;
-    *) rest+=("$1"); shift ;;
-    esac
-done
+take_options "base_model num_gpu data output_dir num_prompts osl" "$@"
 [[ -n "$base_model" ]] || fail "--base_model is missing; give the base's directory or hub id"
 
 mkdir -p "$output_dir"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -57,12 +58,18 @@ def make_base(directory: Path, *, seed: int = 0, **changes: int) -> Path:
     return directory
 
 
-def make_chat_base(directory: Path, *, demo_base: Path, vocab_size: int) -> Path:
+def make_chat_base(directory: Path, *, demo_base: Path) -> Path:
     """A small random base with a real tokenizer and chat template."""
-    make_base(directory, vocab_size=vocab_size)
+    make_base(directory, vocab_size=CHAT_VOCAB_SIZE)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(demo_base / name, directory / name)
     return directory
+
+
+def conversation(question: str, answer: str) -> dict[str, Any]:
+    """In ModelOpt's form."""
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"conversation_id": question, "conversations": turns}
 
 
 def attach_draft(base: Path, save: Path) -> Path:
@@ -76,6 +83,20 @@ def attach_draft(base: Path, save: Path) -> Path:
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base model."""
     return make_base(tmp_path_factory.mktemp("base") / "tiny_llama")
+
+
+@pytest.fixture(scope="module")
+def base(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a real tokenizer and chat template, alone in its directory's parent."""
+    return make_chat_base(tmp_path_factory.mktemp("chat") / "base", demo_base=demo_base)
+
+
+@pytest.fixture(scope="module")
+def data(base: Path) -> Path:
+    """Conversations."""
+    path = base.parent / "conversations.jsonl"
+    path.write_text("".join(json.dumps(conversation(*turns)) + "\n" for turns in CONVERSATIONS))
+    return path
 
 
 @pytest.fixture

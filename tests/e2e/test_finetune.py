@@ -16,46 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mcore_spec.checkpoint.store import TRACKER, find_checkpoint
-from tests.e2e.conftest import Run, attach_draft, check_refused, make_chat_base, subprocess_environment, tree
+from tests.e2e.conftest import Run, attach_draft, check_refused, conversation, subprocess_environment, tree
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Of the demo model's tokenizer.
-VOCAB_SIZE = 49152
-CONVERSATIONS = [
-    ("Name three colours.", "Red, green and blue."),
-    ("What is two plus two?", "Two plus two is four."),
-    ("Say hello in French.", "Bonjour! That is how one says hello in French."),
-    ("Which planet is the largest?", "Jupiter is the largest planet of the solar system."),
-    ("Give me a word that rhymes with house.", "Mouse."),
-    ("Write a very short poem.", "The rain falls soft on roof and stone; the night is long, but not alone."),
-]
-
-
-@pytest.fixture(scope="module")
-def base(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random base with a real tokenizer and chat template."""
-    directory = tmp_path_factory.mktemp("finetune") / "base"
-    return make_chat_base(directory, demo_base=demo_base, vocab_size=VOCAB_SIZE)
-
-
-@pytest.fixture(scope="module")
-def data(base: Path) -> Path:
-    """Conversations in ModelOpt's form."""
-    path = base.parent / "conversations.jsonl"
-    path.write_text("".join(json.dumps(conversation(*turns)) + "\n" for turns in CONVERSATIONS))
-    return path
 
 
 @pytest.fixture(scope="module")
 def converted(base: Path) -> Path:
     """The base with a draft."""
     return attach_draft(base, base.parent / "converted")
-
-
-def conversation(question: str, answer: str) -> dict[str, Any]:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"conversation_id": question, "conversations": turns}
 
 
 def words(converted: Path, data: Path, save: Path, *more: object) -> list[object]:

@@ -8,22 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Run, attach_draft, check_refused, make_chat_base, tree
+from tests.e2e.conftest import Run, attach_draft, check_refused, tree
 
 pytestmark = pytest.mark.e2e
-# Of the demo model's tokenizer.
-VOCAB_SIZE = 49152
 LONG = ("Count.", "one two three four five six seven eight nine ten " * 20)
 ASKED_LONG = ("Say yes. " * 60, "Yes.")
 SHORT = ("Name a colour.", "Red.")
 
 
 @pytest.fixture(scope="module")
-def converted(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random base with a real tokenizer and chat template, and a draft."""
-    directory = tmp_path_factory.mktemp("finetune_data")
-    base = make_chat_base(directory / "base", demo_base=demo_base, vocab_size=VOCAB_SIZE)
-    return attach_draft(base, directory / "converted")
+def converted(base: Path) -> Path:
+    """The base with a draft."""
+    return attach_draft(base, base.parent / "converted")
 
 
 def words(converted: Path, directory: Path, *turns: tuple[str, str], seq_length: int) -> list[object]:

@@ -27,8 +27,6 @@ from tests.e2e.conftest import Run, make_base, make_chat_base
 pytestmark = pytest.mark.e2e
 IDS = "eagle_aux_hidden_state_layer_ids"
 DRAFT_VOCABULARY = (3, 5, 6, 40, 41, 77, 100)
-# Of the demo model's tokenizer.
-VOCAB_SIZE = 49152
 
 Config = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -213,7 +211,7 @@ def test_an_embedding_that_is_the_bases_and_an_identity_are_taken(base_dir: Path
 
 
 def test_the_reading_is_said(run: Run, demo_base: Path, tmp_path: Path) -> None:
-    base = make_chat_base(tmp_path / "base", demo_base=demo_base, vocab_size=VOCAB_SIZE)
+    base = make_chat_base(tmp_path / "base", demo_base=demo_base)
     ours = export(base, tmp_path / "ours", {})
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Name three colours.\n")

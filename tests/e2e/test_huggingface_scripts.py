@@ -13,20 +13,12 @@ import pytest
 import torch
 
 from mcore_spec.weights.safetensors_io import WeightDirectory
-from tests.e2e.conftest import make_chat_base, subprocess_environment
+from tests.e2e.conftest import subprocess_environment
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "examples" / "hf"
-# Of the demo model's tokenizer.
-VOCAB_SIZE = 49152
 TIMEOUT_S = 280
-
-
-@pytest.fixture(scope="module")
-def base(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random base with a real tokenizer and chat template."""
-    return make_chat_base(tmp_path_factory.mktemp("hf") / "base", demo_base=demo_base, vocab_size=VOCAB_SIZE)
 
 
 @pytest.fixture(scope="module")

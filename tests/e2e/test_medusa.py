@@ -9,25 +9,10 @@ from typing import Any
 import pytest
 
 from mcore_spec.cli.main import run_command
-from tests.e2e.conftest import Run, check_refused, make_chat_base
+from tests.e2e.conftest import Run, check_refused
 
 pytestmark = pytest.mark.e2e
-# Of the demo model's tokenizer.
-VOCAB_SIZE = 49152
-CONVERSATIONS = [
-    ("Name three colours.", "Red, green and blue."),
-    ("What is two plus two?", "Two plus two is four."),
-    ("Say hello in French.", "Bonjour! That is how one says hello in French."),
-    ("Which planet is the largest?", "Jupiter is the largest planet of the solar system."),
-]
 QUESTIONS = [{"question_id": 1, "turns": ["Name a colour."]}, {"question_id": 2, "turns": ["Hello", "And again?"]}]
-
-
-@pytest.fixture(scope="module")
-def base(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random base with a real tokenizer and chat template."""
-    directory = tmp_path_factory.mktemp("medusa") / "base"
-    return make_chat_base(directory, demo_base=demo_base, vocab_size=VOCAB_SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +23,6 @@ def converted(base: Path) -> Path:
     words += ["--export-num-medusa-heads", 3, "--export-num-medusa-layers", 2]
     assert run_command("convert", [str(word) for word in words]) == 0
     return save
-
-
-@pytest.fixture(scope="module")
-def data(base: Path) -> Path:
-    """Conversations."""
-    turns = [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        for question, answer in CONVERSATIONS
-    ]
-    path = base.parent / "conversations.jsonl"
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
-    return path
 
 
 @pytest.fixture(scope="module")

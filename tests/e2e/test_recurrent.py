@@ -8,24 +8,11 @@ from pathlib import Path
 import pytest
 
 from mcore_spec.config import EagleAlgorithm
-from tests.e2e.conftest import Run, check_refused, make_chat_base
-from tests.e2e.test_finetune import CONVERSATIONS, VOCAB_SIZE, conversation, log_of, words
+from tests.e2e.conftest import Run, check_refused
+from tests.e2e.test_finetune import log_of, words
 
 pytestmark = pytest.mark.e2e
 ARCHITECTURES = {"eagle1": "LlamaForCausalLM", "eagle-mtp": "EagleMTPModel"}
-
-
-@pytest.fixture(scope="module")
-def base(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("recurrent") / "base"
-    return make_chat_base(directory, demo_base=demo_base, vocab_size=VOCAB_SIZE)
-
-
-@pytest.fixture(scope="module")
-def data(base: Path) -> Path:
-    path = base.parent / "conversations.jsonl"
-    path.write_text("".join(json.dumps(conversation(*turns)) + "\n" for turns in CONVERSATIONS))
-    return path
 
 
 def convert(run: Run, base: Path, save: Path, member: EagleAlgorithm, **fields: object) -> Path:

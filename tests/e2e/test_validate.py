@@ -13,12 +13,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mcore_spec.cli.main import run_command
-from tests.e2e.conftest import Run, attach_draft, check_refused, make_base, make_chat_base, subprocess_environment
+from tests.e2e.conftest import CHAT_VOCAB_SIZE, Run, attach_draft, check_refused, make_base, subprocess_environment
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Of the demo model's tokenizer.
-VOCAB_SIZE = 49152
 OSL = 6
 KEYS = {
     "acceptance_length",
@@ -36,13 +34,6 @@ QUESTIONS = [
     {"question_id": 83, "category": "math", "turns": ["What is three plus two? Answer with a number."]},
 ]
 CHAT = [{"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say hello."}]}]
-
-
-@pytest.fixture(scope="module")
-def base(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random base with a real tokenizer and chat template."""
-    directory = tmp_path_factory.mktemp("validate") / "base"
-    return make_chat_base(directory, demo_base=demo_base, vocab_size=VOCAB_SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +183,7 @@ def test_refusals(run: Run, base: Path, converted: Path, exported: Path, questio
     check_refused(refused(*load, prompts=empty), "is empty")
     check_refused(refused(*load, prompts=broken), f"{broken}:2")
     check_refused(refused(*load, prompts=tmp_path / "none.jsonl"), tmp_path / "none.jsonl")
-    other = make_base(tmp_path / "other", vocab_size=VOCAB_SIZE, hidden_size=64)
+    other = make_base(tmp_path / "other", vocab_size=CHAT_VOCAB_SIZE, hidden_size=64)
     check_refused(refused("--base", other, "--draft", exported), "hidden_size = 32", "this base has 64")
     check_refused(refused("--base", base, "--draft", base), "is no export of this package", "'LlamaForCausalLM'")
     check_refused(refused("--base", base, "--draft", tmp_path / "none"), "none is no directory")

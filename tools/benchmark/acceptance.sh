@@ -26,6 +26,7 @@ TEXT
 }
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/environments.sh"
 data_path="" contenders="ours modelopt" variant="" convert_flags="" finetune_flags="" threads=2
 work_dir="$here/../../bench_acceptance_out"
 while (($#)); do
@@ -35,23 +36,14 @@ while (($#)); do
             exit 0
             ;;
         --data-path | --contenders | --variant | --convert-flags | --finetune-flags | --threads | --work-dir)
-            if [[ -z "${2:-}" ]]; then
-                echo "error: $1 needs a value" >&2
-                usage >&2
-                exit 2
-            fi
-            name="${1#--}"
-            printf -v "${name//-/_}" '%s' "$2"
+            take_value "$@"
             shift 2
             ;;
         *)
-            echo "error: unknown argument: $1" >&2
-            usage >&2
-            exit 2
+            refuse "unknown argument: $1"
             ;;
     esac
 done
-source "$here/environments.sh"
 check_contenders "$contenders" "ours modelopt"
 if [[ -z "$data_path" ]]; then
     echo "error: --data-path is missing: name a file of conversations" >&2

@@ -29,6 +29,7 @@ TEXT
 }
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/environments.sh"
 cases="$CASES" contenders="ours modelopt speculators" warmup=1 repeats=3 threads=2 append="" gradients=""
 work_dir="$here/../../bench_out"
 while (($#)); do
@@ -46,23 +47,14 @@ while (($#)); do
             exit 0
             ;;
         --cases | --contenders | --warmup | --repeats | --threads | --work-dir)
-            if [[ -z "${2:-}" ]]; then
-                echo "error: $1 needs a value" >&2
-                usage >&2
-                exit 2
-            fi
-            name="${1#--}"
-            printf -v "${name//-/_}" '%s' "$2"
+            take_value "$@"
             shift 2
             ;;
         *)
-            echo "error: unknown argument: $1" >&2
-            usage >&2
-            exit 2
+            refuse "unknown argument: $1"
             ;;
     esac
 done
-source "$here/environments.sh"
 check_contenders "$contenders" "ours ours_hf modelopt speculators"
 mkdir -p "$work_dir/logs"
 work_dir="$(cd "$work_dir" && pwd)"

@@ -62,6 +62,19 @@ check_contenders() {
     done
 }
 
+# Give the variable of a script's option its value; without one its `usage` and the end: OPTION [VALUE] ...
+take_value() {
+    local name="${1#--}"
+    [[ -n "${2:-}" ]] || refuse "$1 needs a value"
+    printf -v "${name//-/_}" '%s' "$2"
+}
+
+refuse() {
+    echo "error: $1" >&2
+    usage >&2
+    exit 2
+}
+
 # One directory on the path for all environments; no network, no device, and no more threads than measured: THREADS.
 isolate() {
     export PYTHONPATH="$REPOSITORY" HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS="$1" MKL_NUM_THREADS="$1"
