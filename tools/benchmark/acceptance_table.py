@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tools.benchmark.markdown import markdown_table
+
 PEER = "modelopt"
 OURS = "ours"
 # Draft tokens that the base accepts in a pass, ours as a multiple of the peer's.
@@ -92,7 +94,7 @@ def ratio_to(result: Result, peer: Result | None) -> float | None:
 def format_table(results: Sequence[Result]) -> str:
     """Markdown."""
     peer = next((result for result in results if result.contender == PEER), None)
-    rows = [HEAD, ["---"] * len(HEAD)]
+    rows: list[Sequence[str]] = []
     for result in results:
         ratio = ratio_to(result, peer)
         rows.append(
@@ -106,7 +108,7 @@ def format_table(results: Sequence[Result]) -> str:
                 "-" if ratio is None else f"{ratio:.2f}",
             )
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(HEAD, rows)
 
 
 def describe_target(results: Sequence[Result]) -> str:

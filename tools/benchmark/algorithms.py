@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tools.benchmark.markdown import markdown_table
+
 MEMBERS = {"eagle3": "EAGLE-3", "eagle1": "EAGLE-1", "eagle-mtp": "EAGLE-MTP", "medusa": "Medusa"}
 HEAD = (
     "draft",
@@ -190,8 +192,7 @@ def _training_time(log: Path) -> tuple[float, int]:
 
 def format_table(rows: Sequence[Row]) -> str:
     """Markdown."""
-    cells = [HEAD, ("---",) * len(HEAD), *(row.cells() for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return markdown_table(HEAD, [row.cells() for row in rows])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

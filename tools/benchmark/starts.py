@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from mcore_spec.config import TrainingConfig
+from tools.benchmark.markdown import markdown_table
 
 STARTS = ("random", "base", "fit")
 _LR_SCALING = TrainingConfig.model_fields["lr_scaling"]
@@ -175,7 +176,7 @@ def format_table(results: Iterable[Result]) -> str:
     for result in results:
         key = (STARTS.index(result.cell.start), result.cell.lr, result.cell.lr_scaling)
         groups.setdefault(key, []).append(result)
-    rows: list[Sequence[str]] = [HEAD, ["---"] * len(HEAD)]
+    rows: list[Sequence[str]] = []
     for key in sorted(groups):
         group = sorted(groups[key], key=lambda result: result.cell.seed)
         by_step = zip(*(result.accuracy for result in group), strict=True)
@@ -190,7 +191,7 @@ def format_table(results: Iterable[Result]) -> str:
                 spread([result.acceptance_length for result in group], 3),
             )
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(HEAD, rows)
 
 
 def spread(values: Sequence[float], digits: int) -> str:
