@@ -59,7 +59,8 @@ def expected(rank_pool: RankPool, directory: Path) -> Expected:
     z, y = torch.stack(read), torch.stack(next_states)
     # Ridge as ordinary least squares with one more row an input.
     scale = z.pow(2).sum(0).sqrt()
-    rows = torch.cat((z / scale, RIDGE**0.5 * torch.eye(z.shape[1], dtype=z.dtype)))
+    ridge = RIDGE * z.shape[1] / z.shape[0]
+    rows = torch.cat((z / scale, ridge**0.5 * torch.eye(z.shape[1], dtype=z.dtype)))
     solution = torch.linalg.lstsq(rows, torch.cat((y, torch.zeros(z.shape[1], y.shape[1], dtype=y.dtype)))).solution
     num_features = z.shape[1] - y.shape[1]
     size = float(z[:, :num_features].pow(2).mean(0).sqrt().mean())
@@ -114,7 +115,8 @@ def test_recurrent_drafts_start_as_the_regression(member: EagleAlgorithm, rank_p
                 of_one_document.append(row)
     z, y = torch.stack(rows), torch.stack(next_states)
     scale = z.pow(2).sum(0).sqrt()
-    ridge = torch.cat((z / scale, RIDGE**0.5 * torch.eye(z.shape[1], dtype=z.dtype)))
+    share = (RIDGE * z.shape[1] / z.shape[0]) ** 0.5
+    ridge = torch.cat((z / scale, share * torch.eye(z.shape[1], dtype=z.dtype)))
     solution = torch.linalg.lstsq(ridge, torch.cat((y, torch.zeros(z.shape[1], y.shape[1], dtype=y.dtype)))).solution
     prediction = torch.stack(of_one_document) / scale @ solution
     # Layers pass on what they are given; a last norm divides by the length without its weight.
