@@ -23,7 +23,12 @@ launch+=(--dynamo_backend no --mixed_precision no)
 training=(--report_to none --save_strategy epoch --logging_steps 10 --warmup_steps 0.03 --lr_scheduler_type cosine)
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     # accelerate starts several processes without GPUs through MPI alone.
-    launch=(-m torch.distributed.run --nproc_per_node "$num_gpu" --master_port "${MASTER_PORT:-29500}")
+    launch=(-m torch.distributed.run --nproc_per_node "$num_gpu")
+    if [[ -n "${MASTER_PORT:-}" ]]; then
+        launch+=(--master_port "$MASTER_PORT")
+    else
+        launch+=(--standalone)
+    fi
     training+=(--use_cpu True --dataloader_pin_memory False --ddp_backend gloo)
     [[ "$cp_size" == 1 && "$use_fsdp" != True ]] ||
         fail "--use_fsdp True and --cp_size above 1 need GPUs, accelerate shards on them alone; leave them out"
