@@ -106,13 +106,7 @@ def configure_family(flags: Mapping[str, Any], file: ConfigFile) -> EagleConfig:
 
 
 def task_of_member(config: EagleConfig) -> Task:
-    """What training the member takes.
-
-    Raises:
-        UnsupportedError: an option whose training is not built.
-    """
-    if not config.eagle_freeze_base_model:
-        raise UnsupportedError("eagle_freeze_base_model = false: training the base too is not built yet")
+    """What training the member takes."""
     return MEMBERS[config.algorithm].task(config)
 
 

@@ -65,7 +65,8 @@ def _from_directories(arguments: DraftedBaseArguments, layout: Layout) -> Drafte
     prompts = TokenizerPrompts(tokenizer, vocab_size=base.vocab_size, config=raw)
     model = build_gpt_model(base, layout)
     with WeightDirectory(directory, without=draft_names(raw)) as weights:
-        if not exported.is_foreign and weights.fingerprint() != identity.fingerprint:
+        # The weights of a base that was trained with its draft are not recorded.
+        if identity.fingerprint and weights.fingerprint() != identity.fingerprint:
             say(
                 f"note: {draft} was made for {identity.source}, whose weights are not those in {directory}; "
                 "its proposals fit less well"

@@ -144,7 +144,15 @@ class EagleConfig(StrictConfig):
     eagle_self_logit_distillation: bool = Field(
         True, description="Soft labels from the base's logits; false: the data's next token."
     )
-    eagle_freeze_base_model: bool = Field(True, description="Keep the base model's weights fixed.")
+    eagle_freeze_base_model: bool = Field(
+        True,
+        description="Keep the base model's weights fixed; false: train it too, on the same tokens.",
+    )
+    eagle_train_through_features: bool = Field(
+        False,
+        description="With eagle_freeze_base_model = false: let the draft's gradient flow into the base through the "
+        "hidden states that the draft reads; its head, embedding and distribution are read as they are in any case.",
+    )
     eagle_report_acc: bool = Field(True, description="Report top-1 accuracy of every step.")
     eagle_reuse_base_decoder: bool = Field(
         False, description="EAGLE-MTP: start the decoder layer from the base's last decoder layer."
@@ -190,6 +198,15 @@ class EagleConfig(StrictConfig):
             raise ValueError(
                 "eagle_keep_out_of_vocabulary = true needs eagle_self_logit_distillation = true: a label outside of "
                 "the draft vocabulary has no logit"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_a_base_that_is_trained_takes_gradients(self) -> EagleConfig:
+        if self.eagle_train_through_features and self.eagle_freeze_base_model:
+            raise ValueError(
+                "eagle_train_through_features = true needs eagle_freeze_base_model = false: a frozen base takes no "
+                "gradient"
             )
         return self
 

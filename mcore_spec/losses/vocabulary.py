@@ -32,6 +32,12 @@ class VocabularySlice(NamedTuple):
         return self.weight.shape[0]
 
 
+def head_slice(head: Tensor, vocab_size: int, tp: TensorParallel) -> VocabularySlice:
+    """The rows of a rank's part of a head [padded vocabulary / size, h] that are vocabulary entries."""
+    first = tp.rank * head.shape[0]
+    return VocabularySlice(head[: max(0, vocab_size - first)], first)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
     """The heads of both sides. The padding rows at the end of a head never reach a softmax.
@@ -48,6 +54,8 @@ class Vocabulary:
             Needed where that slice is not among this rank's rows of the base: on several ranks, with a reduced
             vocabulary or with heads that are padded differently.
         tp: the tensor-parallel group; the caller has entered its parallel region.
+        trains_student_head: whether the student's head gets a gradient where it requires one; not where it is that
+            of a base that is trained for another loss.
     """
 
     teacher_head: Tensor
@@ -56,6 +64,7 @@ class Vocabulary:
     draft_to_target: Tensor | None = None
     teacher_rows: Tensor | None = None
     tp: TensorParallel = field(default_factory=TensorParallel)
+    trains_student_head: bool = True
 
     def __post_init__(self) -> None:
         """Refuse heads that do not hold their vocabulary.
@@ -141,8 +150,7 @@ class Vocabulary:
         return self._slice(self.student_heads[self.head_of(step)].detach(), self.draft_size)
 
     def _slice(self, head: Tensor, size: int) -> VocabularySlice:
-        first = self.tp.rank * head.shape[0]
-        return VocabularySlice(head[: max(0, size - first)], first)
+        return head_slice(head, size, self.tp)
 
     @cached_property
     def target_to_draft(self) -> Tensor | None:

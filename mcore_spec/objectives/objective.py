@@ -41,6 +41,8 @@ class Task:
         regresses_features: whether the loss has a part that measures the draft's states.
         reports_accuracy: whether the log has the accuracy of each step, and what follows from it.
         starts_linearly: whether the draft has a start from data (--fit-start).
+        trains_base: whether the base is trained too, for the next token.
+        trains_through_features: whether the draft's gradient flows on into a base that is trained.
         make_objective: ``make_objective(base, draft, recompute=...)``; `recompute`: compute the activations of each
             step again in backward.
     """
@@ -53,6 +55,8 @@ class Task:
     regresses_features: bool = False
     reports_accuracy: bool = True
     starts_linearly: bool = False
+    trains_base: bool = False
+    trains_through_features: bool = False
 
 
 MakeTask: TypeAlias = Callable[[Any], Task]

@@ -49,4 +49,6 @@ def relate_vocabularies(base: Base, own_heads: Sequence[VocabularyHead], token_i
         draft_to_target=token_ids,
         teacher_rows=rows,
         tp=base.tp,
+        # The base's head is read as it is, also where the base is trained.
+        trains_student_head=bool(own_heads),
     )

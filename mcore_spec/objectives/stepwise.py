@@ -63,6 +63,8 @@ def stepwise_task(config: EagleConfig, *, starts_linearly: bool, terms: Terms = 
         draws_noise=config.eagle_feature_noise > 0,
         regresses_features=terms.regression > 0,
         starts_linearly=starts_linearly,
+        trains_base=not config.eagle_freeze_base_model,
+        trains_through_features=config.eagle_train_through_features,
         make_objective=partial(StepwiseObjective, config, terms=terms),
     )
 

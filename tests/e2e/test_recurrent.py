@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mcore_spec.config import EagleAlgorithm
+from mcore_spec.weights.safetensors_io import WeightDirectory
 from tests.e2e.conftest import Run, check_refused, make_chat_base
 from tests.e2e.test_finetune import CONVERSATIONS, VOCAB_SIZE, conversation, log_of, words
 
@@ -87,7 +89,33 @@ def test_what_these_drafts_do_not_have(run: Run, base: Path, data: Path, tmp_pat
     reusing = convert(run, base, tmp_path / "converted", "eagle-mtp", eagle_reuse_base_decoder=True)
     done = run("finetune", *words(reusing, data, tmp_path / "save", "--train-iters", 1, "--fit-start", 1))
     check_refused(done, "fit_start = 1: this draft has no such start", "leave it at 0")
-    unfrozen = convert(run, base, tmp_path / "unfrozen", "eagle1", eagle_freeze_base_model=False)
-    done = run("finetune", *words(unfrozen, data, tmp_path / "save", "--train-iters", 1))
-    check_refused(done, "eagle_freeze_base_model = false: training the base too is not built yet")
     assert not (tmp_path / "save").exists()
+
+
+def test_a_base_that_is_trained_with_its_draft(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
+    converted, save = tmp_path / "converted", tmp_path / "trained"
+    convert(run, base, converted, "eagle1", eagle_freeze_base_model=False)
+    done = run("finetune", *words(converted, data, save, "--train-iters", 3))
+    assert done.code == 0, done.err
+    own = [entry["lm_loss"] for entry in log_of(save) if "lm_loss" in entry]
+    assert len(own) == 3
+    assert own[-1] < own[0]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Name three colours.\nSay hello.\n")
+    asked = ("--prompts-path", prompts, "--steps", 2, "--osl", 8)
+    done = run("validate", "--load", save, *asked, "--output", tmp_path / "first.json")
+    assert done.code == 0, done.err
+    both = tmp_path / "both"
+    done = run("export", "--load", save, "--export-dir", both)
+    assert done.code == 0, done.err
+    with WeightDirectory(base) as before, WeightDirectory(both) as after:
+        assert before.tensors.keys() == after.tensors.keys()
+        for name in before.tensors:
+            assert not torch.equal(before.read(name), after.read(name).to(before.tensors[name].dtype)), name
+    # The base that it was made from is not the one to serve it with.
+    assert str(base) not in (both / "draft" / "README.md").read_text()
+    done = run("validate", "--base", both, "--draft", both / "draft", *asked, "--output", tmp_path / "second.json")
+    assert done.code == 0, done.err
+    first, second = (json.loads((tmp_path / name).read_text()) for name in ("first.json", "second.json"))
+    assert first["lossless"] and second["lossless"]
+    assert first["acceptance_length"] == second["acceptance_length"]

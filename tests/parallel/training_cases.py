@@ -47,6 +47,8 @@ class Case(NamedTuple):
         member: of the EAGLE family.
         noise: on the features.
         detaches: the states that steps hand on.
+        trains_base: too, for the next token.
+        through_features: the draft's gradient flows into the base.
     """
 
     architecture: dict[str, Any]
@@ -60,6 +62,8 @@ class Case(NamedTuple):
     member: EagleAlgorithm = "eagle3"
     noise: float = 0.0
     detaches: bool = False
+    trains_base: bool = False
+    through_features: bool = False
 
 
 CASES = {
@@ -111,9 +115,10 @@ def replaced_rows(number: int) -> list[list[bool]]:
     return batch.replaced.tolist()
 
 
-def converted(directory: Path, layout: Layout, case: Case) -> GPTModel:
+def converted(directory: Path, layout: Layout, case: Case, *, favours: bool = True) -> GPTModel:
     model = import_base(directory, layout).model
-    _favour_a_token(MegatronBase(model))
+    if favours:
+        _favour_a_token(MegatronBase(model))
     config = {
         "eagle_ttt_steps": NUM_STEPS,
         "eagle_loss_decay_factor": DECAY,
@@ -122,6 +127,8 @@ def converted(directory: Path, layout: Layout, case: Case) -> GPTModel:
         "eagle_keep_out_of_vocabulary": case.keeps_all,
         "eagle_feature_noise": case.noise,
         "eagle_detach_states": case.detaches,
+        "eagle_freeze_base_model": not case.trains_base,
+        "eagle_train_through_features": case.through_features,
         "eagle_architecture_config": {
             **eagle_preset(case.member)["config"]["eagle_architecture_config"],
             **case.architecture,
