@@ -137,11 +137,6 @@ def _rehearse(arguments: FinetuneArguments, layout: Layout) -> None:
         raise UnsupportedError(
             f"{conversion.algorithm}: only the training of EAGLE-3 drafts is planned; leave --dry-run out"
         )
-    if not draft.eagle_freeze_base_model:
-        raise UnsupportedError(
-            "eagle_freeze_base_model = false: the gradients and activations of a base that is trained too are not "
-            "planned; leave --dry-run out"
-        )
     setup = _planned(arguments, layout, checkpoint.record, draft, world_size=world_size)
     global_batch_size = _global_batch_size(arguments, num_data=setup.layout.data)
     built = Rehearsal(base, layout, world_size, (conversion.algorithm, draft), arguments.transformer_impl)

@@ -36,6 +36,8 @@ def distillation_loss(
     labels: Tensor | None = None,
     keep_out_of_vocabulary: bool = False,
     max_logits: int | None = None,
+    ahead: Sequence[int] | None = None,
+    num_judged: int | None = None,
 ) -> LossOutput:
     """Cross-entropy of the draft against the base, summed over rows and over K steps (EAGLE-3, arXiv 2503.01840).
 
@@ -59,6 +61,8 @@ def distillation_loss(
             is not in the draft vocabulary is dropped. None: the base's distribution.
         keep_out_of_vocabulary: do not drop rows for their teacher argmax (with `labels` there is nothing to keep).
         max_logits: elements in a block of logits on this rank; 2 to 4 blocks are held. Default: by device.
+        ahead: what stands for k above in positions and decay, one a tensor of `student`. Default: 0, 1, ... K - 1.
+        num_judged: how many of them, from the first, the statistics are about. Default: all.
 
     Returns:
         The sums; `loss` carries the gradients.
@@ -74,7 +78,8 @@ def distillation_loss(
     assert counted.shape == (len(student), position.shape[0]), f"counted is {list(counted.shape)}"
     assert labels is None or labels.shape == counted.shape, "labels are shaped like counted"
     assert all(hidden.shape == (position.shape[0], teacher.shape[1]) for hidden in student), "one hidden state a row"
-    assert len(vocabulary.student_heads) in (1, len(student)), "one head for all steps, or one a step"
+    num_heads = len(vocabulary.head_of_state or vocabulary.student_heads)
+    assert num_heads in (1, len(student)), "one head for all steps, or one a step"
     request = _Request(
         teacher=teacher.detach(),
         position=position.to(teacher.device),
@@ -87,10 +92,11 @@ def distillation_loss(
             max(vocabulary.teacher.width, vocabulary.student.width), device=teacher.device, max_logits=max_logits
         ),
         with_grad=torch.is_grad_enabled(),
+        ahead=tuple(range(len(student)) if ahead is None else ahead),
+        num_judged=len(student) if num_judged is None else num_judged,
     )
-    heads = vocabulary.student_heads
-    if not vocabulary.trains_student_head:
-        heads = tuple(head.detach() for head in heads)
+    frozen = vocabulary.frozen_heads
+    heads = [head.detach() if i in frozen else head for i, head in enumerate(vocabulary.student_heads)]
     return LossOutput(*_DistillationLoss.apply(request, *heads, *student))
 
 
@@ -107,6 +113,8 @@ class _Request:
     keep_out_of_vocabulary: bool
     max_positions: int
     with_grad: bool
+    ahead: tuple[int, ...]
+    num_judged: int
 
 
 class _DistillationLoss(Function):
@@ -119,6 +127,7 @@ class _DistillationLoss(Function):
         for chunk in schedule(
             request.position,
             request.counted,
+            ahead=request.ahead,
             num_positions=request.teacher.shape[0],
             max_positions=request.max_positions,
         ):
@@ -192,17 +201,18 @@ class _Work:
 
     def finish(self) -> LossOutput:
         """The sums over all chunks."""
-        counted, decay = self.request.counted, self.request.decay
+        judged, decay, ahead = slice(self.request.num_judged), self.request.decay, self.request.ahead
+        counted = self.request.counted
         vocabulary = self.request.vocabulary
         predicted = all_reduce(self.predicted, dist.ReduceOp.MIN, self.group).clamp_(max=vocabulary.draft_size - 1)
         loss_by_step = self.log_sum - all_reduce(self.cross, dist.ReduceOp.SUM, self.group)
-        weights = torch.tensor([decay**k for k in range(len(self.student))], dtype=self.wide)
-        correct = (vocabulary.to_target(predicted) == self.expected) & counted
+        weights = torch.tensor([decay**k for k in ahead], dtype=self.wide)
+        correct = ((vocabulary.to_target(predicted) == self.expected) & counted)[judged]
         return LossOutput(
             loss=(weights.to(loss_by_step.device) * loss_by_step).sum(),
-            loss_by_step=loss_by_step,
-            rows_by_step=self.entered.sum(1),
-            judged_by_step=counted.sum(1),
+            loss_by_step=loss_by_step[judged],
+            rows_by_step=self.entered[judged].sum(1),
+            judged_by_step=counted[judged].sum(1),
             correct_by_step=correct.sum(1),
             # A row's run ends with the first step that is wrong or that the mask leaves out.
             accepted=correct.to(torch.int64).cumprod(0).sum(),
@@ -273,7 +283,10 @@ class _Work:
 
     def _add_gradients(self, step: StepRows, hidden: Tensor, entered: Tensor, descent: Tensor) -> None:
         """Add what the rows of one step give; `descent` is p - q, minus the gradient with respect to their logits."""
-        factor, head = -(self.request.decay**step.step), self.request.vocabulary.student_at(step.step)
+        factor, head = (
+            -(self.request.decay ** self.request.ahead[step.step]),
+            self.request.vocabulary.student_at(step.step),
+        )
         if hidden.dtype != descent.dtype:
             descent = self._narrow_blocks[hidden.dtype].block(*descent.shape).copy_(descent)
         grad = self.student_grads[step.step]

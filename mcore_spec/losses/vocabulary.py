@@ -54,8 +54,9 @@ class Vocabulary:
             Needed where that slice is not among this rank's rows of the base: on several ranks, with a reduced
             vocabulary or with heads that are padded differently.
         tp: the tensor-parallel group; the caller has entered its parallel region.
-        trains_student_head: whether the student's head gets a gradient where it requires one; not where it is that
-            of a base that is trained for another loss.
+        frozen_heads: which of the student's heads get no gradient: the base's, also where it is trained for another
+            loss.
+        head_of_state: which of several heads reads each of the student's states; empty: one for all, or one each.
     """
 
     teacher_head: Tensor
@@ -64,7 +65,8 @@ class Vocabulary:
     draft_to_target: Tensor | None = None
     teacher_rows: Tensor | None = None
     tp: TensorParallel = field(default_factory=TensorParallel)
-    trains_student_head: bool = True
+    frozen_heads: tuple[int, ...] = ()
+    head_of_state: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse heads that do not hold their vocabulary.
@@ -142,7 +144,9 @@ class Vocabulary:
         return self.student_at(0)
 
     def head_of(self, step: int) -> int:
-        """Which of `student_heads` a step reads."""
+        """Which of `student_heads` reads the state of a step."""
+        if self.head_of_state:
+            return self.head_of_state[step]
         return step if len(self.student_heads) > 1 else 0
 
     def student_at(self, step: int) -> VocabularySlice:

@@ -19,26 +19,26 @@ class Totals:
     Attributes:
         sums: float64 [4 K + 3]: for each TTT step loss, rows in the loss, judged rows and correct rows; then the
             decayed loss, the accepted tokens, and the tokens that went in. Behind that, where the loss measures the
-            draft's states, their distance for each step [K]; and where the base is trained too, its own loss and the
+            draft's states, their distance for each such step; and where the base is trained too, its own loss and the
             tokens of that [2]. One vector, so that one collective adds it.
         num_steps: TTT steps, K.
-        regresses_features: whether the loss measures the draft's states.
+        num_regressed: steps whose states the loss measures.
         trains_base: whether the base is trained too.
     """
 
     sums: Tensor
     num_steps: int
-    regresses_features: bool = False
+    num_regressed: int = 0
     trains_base: bool = False
 
     @classmethod
     def zeros(
-        cls, num_steps: int, *, device: torch.device, regresses_features: bool = False, trains_base: bool = False
+        cls, num_steps: int, *, device: torch.device, num_regressed: int = 0, trains_base: bool = False
     ) -> Totals:
         """Nothing counted yet."""
-        num_sums = (5 if regresses_features else 4) * num_steps + (5 if trains_base else 3)
+        num_sums = 4 * num_steps + 3 + num_regressed + (2 if trains_base else 0)
         sums = torch.zeros(num_sums, dtype=torch.float64, device=device)
-        return cls(sums, num_steps, regresses_features, trains_base)
+        return cls(sums, num_steps, num_regressed, trains_base)
 
     def add(self, output: LossOutput, *, num_tokens: int) -> None:
         """Count one micro-batch of `num_tokens` tokens."""
@@ -84,7 +84,8 @@ class Totals:
         loss, accepted, _ = self.sums[4 * steps : 4 * steps + 3].tolist()
         # Every counted row has a distance, none is dropped for its token.
         rest = self.sums[4 * steps + 3 :]
-        distances = rest[:steps] / judged.clamp(min=1) if self.regresses_features else None
+        measured = self.num_regressed
+        distances = rest[:measured] / judged[:measured].clamp(min=1) if measured else None
         language_model = rest[-2:].tolist() if self.trains_base else None
         return Means(
             loss=loss / max(float(judged[0]), 1.0),

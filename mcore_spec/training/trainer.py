@@ -286,7 +286,7 @@ class Trainer:
         return Totals.zeros(
             task.num_steps,
             device=self.device,
-            regresses_features=task.regresses_features,
+            num_regressed=task.num_regressed,
             trains_base=task.trains_base,
         )
 

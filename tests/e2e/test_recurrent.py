@@ -12,6 +12,7 @@ from mcore_spec.config import EagleAlgorithm
 from mcore_spec.weights.safetensors_io import WeightDirectory
 from tests.e2e.conftest import Run, check_refused, make_chat_base
 from tests.e2e.test_finetune import CONVERSATIONS, VOCAB_SIZE, conversation, log_of, words
+from tests.tiny import write_hf_model
 
 pytestmark = pytest.mark.e2e
 ARCHITECTURES = {"eagle1": "LlamaForCausalLM", "eagle-mtp": "EagleMTPModel"}
@@ -119,3 +120,21 @@ def test_a_base_that_is_trained_with_its_draft(run: Run, base: Path, data: Path,
     first, second = (json.loads((tmp_path / name).read_text()) for name in ("first.json", "second.json"))
     assert first["lossless"] and second["lossless"]
     assert first["acceptance_length"] == second["acceptance_length"]
+
+
+def test_a_draft_that_starts_as_the_layer_of_its_base(run: Run, tmp_path: Path) -> None:
+    base = write_hf_model(tmp_path / "base", "qwen2", tied=False, dtype=torch.float32)
+    convert(run, base, tmp_path / "first", "eagle-mtp")
+    done = run("export", "--load", tmp_path / "first", "--export-dir", tmp_path / "mimo", "--export-format", "mimo")
+    assert done.code == 0, done.err
+    chosen = ("--export-algorithm", "eagle", "--export-eagle-algorithm", "eagle-mtp", "--draft-init", "mtp")
+    done = run("convert", "--pretrained-model-path", base, *chosen, "--save", tmp_path / "refused")
+    check_refused(done, "is no base with a layer for multi-token prediction", "choose draft_init = random")
+    source = ("--pretrained-model-path", tmp_path / "mimo")
+    done = run("convert", *source, *chosen, "--seed", 7, "--save", tmp_path / "second")
+    assert done.code == 0, done.err
+    done = run("export", "--load", tmp_path / "second", "--export-dir", tmp_path / "again", "--export-format", "mimo")
+    assert done.code == 0, done.err
+    for name in ("model.safetensors", "draft.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "mimo" / name).read_bytes()
+    assert not (tmp_path / "refused").exists()

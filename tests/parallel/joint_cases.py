@@ -39,7 +39,7 @@ def gradients_of_both(
             totals = Totals.zeros(
                 NUM_STEPS,
                 device=torch.device("cpu"),
-                regresses_features=step.task.regresses_features,
+                num_regressed=step.task.num_regressed,
                 trains_base=True,
             )
 
