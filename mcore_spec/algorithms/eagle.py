@@ -19,6 +19,7 @@ from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.mtp import MTPDraft, build_mtp
 from mcore_spec.drafts.resolve import resolve_eagle
 from mcore_spec.errors import ConfigError, UnsupportedError
+from mcore_spec.export.parallel_heads import check_parallel_format, with_parallel_heads
 from mcore_spec.export.plan import ExportFormat, ExportPlan
 from mcore_spec.objectives.eagle1 import eagle1_task
 from mcore_spec.objectives.eagle3 import eagle3_task
@@ -61,7 +62,10 @@ def plan_member(draft: EagleDraft, record: CheckpointRecord, export_format: Expo
     Raises:
         UnsupportedError: the format does not know this member, or the draft would not serve.
     """
-    return MEMBERS[draft.architecture.algorithm].plan(draft, record, export_format)
+    architecture = draft.architecture
+    check_parallel_format(export_format, architecture)
+    plan = MEMBERS[architecture.algorithm].plan(draft, record, export_format)
+    return plan if architecture.parallel_draft_step == 1 else with_parallel_heads(plan, architecture)
 
 
 def resolve_family(config: EagleConfig, base: BaseArchitecture, d2t: Tensor | None) -> EagleConfig:
@@ -78,6 +82,11 @@ def resolve_family(config: EagleConfig, base: BaseArchitecture, d2t: Tensor | No
         raise ConfigError(
             f"draft_vocab_size = {size} is smaller than the base's vocabulary of {base.vocab_size}: give the mapping "
             "d2t (--draft-vocab-cache), or an engine would propose the first ids"
+        )
+    if resolved.eagle_reuse_base_mtp:
+        raise ConfigError(
+            "eagle_reuse_base_mtp = true says how a draft was made, and the layer is in the base's files; leave it out "
+            "and give mcore-spec convert --draft-init mtp"
         )
     if resolved.eagle_offline:
         raise UnsupportedError("eagle_offline = true: training from stored hidden states is not built yet")
@@ -106,13 +115,7 @@ def configure_family(flags: Mapping[str, Any], file: ConfigFile) -> EagleConfig:
 
 
 def task_of_member(config: EagleConfig) -> Task:
-    """What training the member takes.
-
-    Raises:
-        UnsupportedError: an option whose training is not built.
-    """
-    if not config.eagle_freeze_base_model:
-        raise UnsupportedError("eagle_freeze_base_model = false: training the base too is not built yet")
+    """What training the member takes."""
     return MEMBERS[config.algorithm].task(config)
 
 

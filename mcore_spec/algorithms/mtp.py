@@ -7,15 +7,27 @@ has a layer for multi-token prediction.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from mcore_spec.checkpoint.record import CheckpointRecord
+from mcore_spec.conversion import as_base, conversion_of
+from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.mtp import MiMoDraft, MTPDraft
 from mcore_spec.drafts.resolve import resolve_rope
-from mcore_spec.errors import UnsupportedError
+from mcore_spec.errors import CheckpointError, ConfigError, UnsupportedError
 from mcore_spec.export.llama import LAYER, LAYERS, NUM_DRAFT_TOKENS, llama_config
 from mcore_spec.export.plan import ExportFormat, ExportPlan, check_hf
-from mcore_spec.weights.draft_names import Table
+from mcore_spec.export.reader import read_shard
+from mcore_spec.parallel.layout import run_on_every_rank
+from mcore_spec.parallel.sharding import sharded_tensors, whole_shape
+from mcore_spec.parallel.tensor_parallel import TensorParallel
+from mcore_spec.weights.draft_names import Table, stored_name
+from mcore_spec.weights.hf_config import MIMO_LAYERS
+from mcore_spec.weights.safetensors_io import BESIDE_BASE_NAME, WeightDirectory
 
 NAMES: Table = [
     ("enorm.weight", "enorm.weight"),
@@ -24,7 +36,7 @@ NAMES: Table = [
     ("norm.weight", "norm.weight"),
     *LAYERS,
 ]
-_MIMO = "model.mtp_layers.0"
+_MIMO = f"{MIMO_LAYERS}0"
 MIMO_NAMES: Table = [
     ("enorm.weight", f"{_MIMO}.token_layernorm.weight"),
     ("hnorm.weight", f"{_MIMO}.hidden_layernorm.weight"),
@@ -76,6 +88,47 @@ def _plan_mimo(draft: MTPDraft, record: CheckpointRecord) -> ExportPlan:
         serve={"vLLM": f"vllm serve {{draft}} --speculative-config '{speculative}'"},
         remarks=("Base and draft are one model here, in the layout of MiMo: the engine needs no other directory.",),
     )
+
+
+@torch.no_grad()
+def start_as_base_mtp(model: nn.Module, directory: Path) -> None:
+    """Fill an EAGLE-MTP draft with the base's own layer for multi-token prediction; every rank must call.
+
+    Args:
+        model: converted; its draft's other weights are replaced.
+        directory: the base's files, in MiMo's layout.
+
+    Raises:
+        CheckpointError: tensors missing, left over or of another shape, or several such layers.
+        ConfigError: a draft of another kind.
+    """
+    base = as_base(model)
+    draft, conversion = base.draft(), conversion_of(model)
+    if conversion is None or not issubclass(conversion.draft_class, MTPDraft):
+        raise ConfigError("draft_init = mtp is for EAGLE-MTP drafts; give --export-eagle-algorithm eagle-mtp")
+    run_on_every_rank(lambda: None if draft is None else _read_base_mtp(draft, base.tp, directory))
+    conversion.config = conversion.config.model_copy(update={"eagle_reuse_base_mtp": True})
+
+
+def _read_base_mtp(draft: Draft, tp: TensorParallel, directory: Path) -> None:
+    if not isinstance(draft, MiMoDraft):
+        raise ConfigError(
+            "draft_init = mtp: the draft reads the base's state behind the final norm, the base's own layer before it; "
+            "leave eagle_aux_hidden_state_layer_ids out"
+        )
+    with WeightDirectory(directory, below=MIMO_LAYERS, beside=BESIDE_BASE_NAME) as weights:
+        entries = {stored_name(MIMO_NAMES, entry.name): entry for entry in sharded_tensors(draft)}
+        entries = {name.removeprefix(MIMO_LAYERS): entry for name, entry in entries.items()}
+        found = {name: info.shape for name, info in weights.tensors.items()}
+        wanted = {name: whole_shape(entry, tp) for name, entry in entries.items()}
+        if found != wanted:
+            different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+            raise CheckpointError(
+                f"{directory}: {MIMO_LAYERS}* is not one layer of this draft's sizes: {', '.join(different[:8])}; "
+                "leave the draft's sizes to follow the base, or choose draft_init = random"
+            )
+        for name, entry in entries.items():
+            entry.tensor.copy_(read_shard(weights, name, entry, tp))
 
 
 def _check_mimo(draft: MTPDraft, record: CheckpointRecord) -> None:

@@ -10,7 +10,7 @@ from mcore_spec.drafts.draft import Draft
 
 
 class Features(NamedTuple):
-    """Hidden states of one forward pass of the base, without gradient, on the last pipeline stage.
+    """Hidden states of one forward pass of the base, on the last pipeline stage; of a frozen base without gradient.
 
     Attributes:
         aux: outputs of the aux layers in layer order, joined on the last dimension, [s or s/tp, b, n h];
@@ -20,6 +20,10 @@ class Features(NamedTuple):
 
     aux: Tensor | None
     last: Tensor
+
+    def detached(self) -> Features:
+        """The same states, through which no gradient flows into the base."""
+        return Features(aux=None if self.aux is None else self.aux.detach(), last=self.last.detach())
 
 
 def features_for(draft: Draft, features: Features) -> Tensor:

@@ -1,7 +1,8 @@
 """A Megatron-core `GPTModel` as the base of a draft: its features, its embedding and its head.
 
-The base is frozen. It runs forward only, without autograd; with several pipeline stages each one sends
-(hidden, aux hidden states so far) ahead and keeps nothing.
+A frozen base runs forward only, without autograd; with several pipeline stages each one sends
+(hidden, aux hidden states so far) ahead and keeps nothing. One that is trained too runs stage by stage under
+megatron-core's schedule (`run_stage`), which takes the gradients of the same payload back.
 """
 
 from __future__ import annotations
@@ -150,14 +151,17 @@ class MegatronBase:
 
     @torch.no_grad()
     def copy_embedding_to_last_stage(self) -> None:
-        """Give an untied, pipelined base its embedding on the last stage too."""
+        """Give an untied, pipelined base its embedding on the last stage too, or bring the one there up to date."""
         if self.is_first_stage and self.num_stages > 1 and not self.architecture.tie_word_embeddings:
             target = dist.get_global_rank(self.pp_group, self.num_stages - 1)
             dist.send(self.embedding_weight().detach().contiguous(), target, group=self.pp_group)
         elif self.needs_embedding_copy():
             rows = torch.empty_like(self.head_weight())
             dist.recv(rows, dist.get_global_rank(self.pp_group, 0), group=self.pp_group)
-            self.add_last_stage_embedding(rows)
+            if any(isinstance(child, LastStageEmbedding) for child in self.model.children()):
+                self.embedding_weight().copy_(rows)
+            else:
+                self.add_last_stage_embedding(rows)
 
     @torch.no_grad()
     def head_rows(self, token_ids: Tensor, *, first: int, stop: int) -> Tensor:
@@ -249,9 +253,36 @@ class MegatronBase:
         Raises:
             UnsupportedError: several documents in a base whose attention cannot keep them apart.
         """
+        num_rows = token_ids.shape[1] if documents is None else documents.num_local_rows
+        payload = self._receive(token_ids.shape[0], num_rows, aux_layer_ids)
+        output = self.run_stage(token_ids, payload, aux_layer_ids=aux_layer_ids, documents=documents)
+        return self._send(output)
+
+    def run_stage(
+        self,
+        token_ids: Tensor,
+        payload: Tensor | None,
+        *,
+        aux_layer_ids: Sequence[int] = (),
+        documents: Documents | None = None,
+    ) -> Features | Tensor:
+        """This pipeline stage alone, differentiable where autograd is on.
+
+        Args:
+            token_ids: as of `features`.
+            payload: what the stage before returned; ``None`` on the first.
+            aux_layer_ids: as of `features`.
+            documents: as of `features`.
+
+        Returns:
+            The features on the last stage; on others what the next one needs, [s or s/tp, b, h (1 + n)].
+
+        Raises:
+            UnsupportedError: as of `features`.
+        """
         if documents is not None:
             token_ids = documents.take(token_ids, 1)
-        received = self._receive(token_ids, aux_layer_ids)
+        received = self._take(payload)
         # Our own attention takes documents in any case; LongRoPE's table depends on their length.
         if documents is None or (documents.is_single and not isinstance(self.model, BaseGPTModel)):
             positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
@@ -260,7 +291,7 @@ class MegatronBase:
         else:
             embedded = self.model.embedding(token_ids, None) if self.is_first_stage else None
             options = packed_options(self.model, documents)
-        return self._run_stage(embedded, received, aux_layer_ids, options)
+        return self._run_layers(embedded, received, aux_layer_ids, options)
 
     @torch.no_grad()
     def cached_features(
@@ -281,36 +312,48 @@ class MegatronBase:
             UnsupportedError: layers that cannot keep keys and values.
         """
         options = cached_options(self.model, rows, cache)
-        received = self._receive(token_ids, aux_layer_ids)
+        received = self._take(self._receive(token_ids.shape[0], token_ids.shape[1], aux_layer_ids))
         embedded = self.model.embedding(token_ids, None) if self.is_first_stage else None
-        return self._run_stage(embedded, received, aux_layer_ids, options)
+        return self._send(self._run_layers(embedded, received, aux_layer_ids, options))
 
-    def _run_stage(
+    def _run_layers(
         self, embedded: Tensor | None, received: list[Tensor], aux_layer_ids: Sequence[int], options: dict[str, Any]
-    ) -> Features | None:
-        """This stage's layers; sends ahead what the next stage needs, or returns the features."""
+    ) -> Features | Tensor:
+        """This stage's layers, and what `run_stage` returns."""
         with capture_layer_outputs(self.model, aux_layer_ids) as captured:
             hidden = self.model.decoder(hidden_states=embedded, attention_mask=None, **options)
         aux = [*received, *captured]
         if not self.is_last_stage:
-            self._communicator().send_forward(torch.cat([hidden, *aux], dim=-1), False)
-            return None
+            return torch.cat([hidden, *aux], dim=-1)
         return Features(aux=torch.cat(aux, dim=-1) if aux else None, last=hidden)
 
-    def _receive(self, token_ids: Tensor, aux_layer_ids: Sequence[int]) -> list[Tensor]:
+    def _send(self, output: Features | Tensor) -> Features | None:
+        """Send ahead what the next stage needs, or return the features."""
+        if isinstance(output, Features):
+            return output
+        self._communicator().send_forward(output, False)
+        return None
+
+    def _take(self, payload: Tensor | None) -> list[Tensor]:
         """Hand the previous stage's hidden states to the decoder; return the aux states that came along."""
         if self.is_first_stage:
             return []
+        assert payload is not None, "stages behind the first are given what the one before returned"
+        hidden, *aux = (part.contiguous() for part in payload.split(self.architecture.hidden_size, dim=-1))
+        self.model.set_input_tensor(hidden)
+        return aux
+
+    def _receive(self, batch: int, length: int, aux_layer_ids: Sequence[int]) -> Tensor | None:
+        """What the stage before sent, without gradient; ``None`` on the first."""
+        if self.is_first_stage:
+            return None
         first_layer = self.model.decoder.layers[0].layer_number - 1
         num_aux = sum(layer < first_layer for layer in aux_layer_ids)
-        batch, length = token_ids.shape
         if self.tp.sequence_parallel:
             length = self.tp.local(length, what="sequence length")
         width = self.architecture.hidden_size * (1 + num_aux)
-        payload = self._communicator().recv_forward((length, batch, width), False)
-        hidden, *aux = (part.contiguous() for part in payload.detach().split(self.architecture.hidden_size, dim=-1))
-        self.model.set_input_tensor(hidden)
-        return aux
+        payload: Tensor = self._communicator().recv_forward((length, batch, width), False)
+        return payload.detach()
 
     def _communicator(self) -> P2PCommunicator:
         return P2PCommunicator(self.pp_group, self.model.config)

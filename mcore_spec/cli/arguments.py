@@ -17,7 +17,6 @@ from pydantic_core import CoreSchema, core_schema
 
 from mcore_spec.config import (
     ALGORITHMS,
-    DraftInit,
     EagleAlgorithm,
     ExportFormat,
     MedusaConfig,
@@ -27,6 +26,8 @@ from mcore_spec.config import (
 from mcore_spec.planning.hardware import GPUS
 
 _MEDUSA = MedusaConfig()
+# Of `convert()`, and from a layer in the base's files.
+DraftStart = Literal["auto", "random", "base", "mtp"]
 ParamsDtype = Literal["bf16", "fp16", "fp32", "fp64", "auto"]
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64", "auto": "auto"}
 # In the place of an algorithm: the base alone.
@@ -178,10 +179,11 @@ class ConvertArguments(BaseArguments, ParallelArguments, DryRunArguments):
     draft_vocab_cache: Path | None = Field(
         None, description="File with the draft vocabulary, where the draft may have one. Default: the base's."
     )
-    draft_init: DraftInit = Field(
+    draft_init: DraftStart = Field(
         "auto",
         description="What the draft starts as: random, or EAGLE-3's layer as the base's last one (base); auto: base "
-        "where it then is the base's layer, random where sizes, norms or biases differ (eagle).",
+        "where it then is the base's layer, random where sizes, norms or biases differ; mtp: EAGLE-MTP as the base's "
+        "own layer for multi-token prediction, of a base in MiMo's layout (eagle).",
     )
     export_num_medusa_heads: int | None = Field(
         None, ge=1, description=f"Heads; head i predicts token t+2+i (medusa). Default: {_MEDUSA.medusa_num_heads}."

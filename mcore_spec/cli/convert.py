@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mcore_spec.algorithms.mtp import start_as_base_mtp
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.bases.megatron_build import BaseGPTModel, build_gpt_model, check_layout
 from mcore_spec.checkpoint.record import CheckpointRecord
@@ -28,13 +29,13 @@ from mcore_spec.config.files import ConfigFile, read_config_file
 from mcore_spec.conversion import convert, find_algorithm
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.vocab_map import load_draft_to_target
-from mcore_spec.errors import CheckpointError
+from mcore_spec.errors import CheckpointError, ConfigError
 from mcore_spec.parallel.imagined import imagined_world_size
 from mcore_spec.parallel.layout import Layout, parallel_runtime, run_on_rank_zero, tensor_parallel
 from mcore_spec.parallel.sharding import sharded_tensors, whole_shape
 from mcore_spec.parallel.tensor_parallel import Placement
 from mcore_spec.weights.families import base_rows
-from mcore_spec.weights.hf_config import TOKENIZER_FILES, describe_hf, locate, read_hf_config
+from mcore_spec.weights.hf_config import TOKENIZER_FILES, describe_hf, locate, mtp_names, read_hf_config, without_mtp
 from mcore_spec.weights.hf_export import stored_specs
 from mcore_spec.weights.hf_import import check_tensors, import_hf
 from mcore_spec.weights.safetensors_io import WeightDirectory
@@ -47,11 +48,13 @@ class Source(NamedTuple):
         record: what it is; `record.base` has the dtype that was asked for.
         directory: of the Hugging Face files, or of the iteration.
         tokenizer_files: to carry along.
+        mtp: beginnings of the names of the base's own multi-token-prediction tensors.
     """
 
     record: CheckpointRecord
     directory: Path
     tokenizer_files: list[Path]
+    mtp: tuple[str, ...] = ()
 
 
 def run(arguments: ConvertArguments) -> None:
@@ -65,13 +68,17 @@ def run(arguments: ConvertArguments) -> None:
         check_layout(source.record.base, layout)
         d2t = _draft_vocabulary(arguments, source)
         mode = _mode(arguments)
+        _check_mtp(arguments, source)
         if mode is not None:
             _check_mode(mode, d2t, source, layout)
         save = Path(arguments.save)
         run_on_rank_zero(lambda: check_save_directory(save, source.record.identity))
         model = _load_base(arguments, source, layout)
         if mode is not None:
-            convert(model, [mode], d2t=d2t, seed=arguments.seed, draft_init=arguments.draft_init)
+            draft_init = "random" if arguments.draft_init == "mtp" else arguments.draft_init
+            convert(model, [mode], d2t=d2t, seed=arguments.seed, draft_init=draft_init)
+        if arguments.draft_init == "mtp":
+            start_as_base_mtp(model, source.directory)
         record = make_record(model, source.record.identity)
         _report(model)
         path = save_checkpoint(model, save, record, tokenizer_files=source.tokenizer_files)
@@ -84,6 +91,7 @@ def _rehearse(arguments: ConvertArguments, layout: Layout) -> None:
     source = _find_source(arguments)
     base = source.record.base
     check_layout(base, layout)
+    _check_mtp(arguments, source)
     d2t, mode = _draft_vocabulary(arguments, source), _mode(arguments)
     draft = None if mode is None else (mode[0], find_algorithm(mode[0]).resolve(mode[1], base, d2t))
     stages = build_stages(Rehearsal(base, layout, world_size, draft, arguments.transformer_impl))
@@ -118,11 +126,12 @@ def _find_source(arguments: ConvertArguments) -> Source:
         return Source(_with_dtype(checkpoint.record, arguments), checkpoint.path, files)
     assert arguments.pretrained_model_path is not None
     directory = locate(arguments.pretrained_model_path, with_weights=not arguments.dry_run)
-    raw = read_hf_config(directory)
+    given = read_hf_config(directory)
+    raw, mtp = without_mtp(given), mtp_names(given)
     base = describe_hf(raw, where=str(directory / "config.json"))
     fingerprint = ""
     if not arguments.dry_run or any(directory.glob("*.safetensors")):
-        with WeightDirectory(directory) as weights:
+        with WeightDirectory(directory, without=mtp) as weights:
             check_tensors(weights, base, cast=arguments.params_dtype != "auto")
             fingerprint = weights.fingerprint()
     source = (
@@ -131,7 +140,26 @@ def _find_source(arguments: ConvertArguments) -> Source:
     identity = BaseIdentity(source=source, fingerprint=fingerprint, hf_config=raw)
     record = CheckpointRecord(base=base, identity=identity, conversion=None, packages={})
     files = [directory / name for name in TOKENIZER_FILES if (directory / name).exists()]
-    return Source(_with_dtype(record, arguments), directory, files)
+    return Source(_with_dtype(record, arguments), directory, files, mtp)
+
+
+def _check_mtp(arguments: ConvertArguments, source: Source) -> None:
+    """Say what becomes of a base's own layer for multi-token prediction.
+
+    Raises:
+        ConfigError: --draft-init mtp with a base or a draft that has none.
+    """
+    if arguments.draft_init != "mtp":
+        if source.mtp:
+            say(f"note: {source.mtp[0]}* is not read; --draft-init mtp starts an EAGLE-MTP draft as that layer")
+        return
+    if not source.mtp:
+        raise ConfigError(
+            f"draft_init = mtp, but {source.directory} is no base with a layer for multi-token prediction in MiMo's "
+            "layout; choose draft_init = random"
+        )
+    if arguments.export_algorithm != "eagle" or arguments.export_eagle_algorithm != "eagle-mtp":
+        raise ConfigError("draft_init = mtp is for EAGLE-MTP drafts; give --export-eagle-algorithm eagle-mtp")
 
 
 def _with_dtype(record: CheckpointRecord, arguments: ConvertArguments) -> CheckpointRecord:
@@ -183,7 +211,7 @@ def _load_base(arguments: ConvertArguments, source: Source, layout: Layout) -> B
             checkpoint._replace(record=source.record), layout, transformer_impl=arguments.transformer_impl
         )
     model = build_gpt_model(source.record.base, layout, transformer_impl=arguments.transformer_impl)
-    with WeightDirectory(source.directory) as weights:
+    with WeightDirectory(source.directory, without=source.mtp) as weights:
         import_hf(model, weights, cast=arguments.params_dtype != "auto")
     return model
 

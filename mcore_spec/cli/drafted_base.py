@@ -18,7 +18,7 @@ from mcore_spec.evaluation.typical import TypicalAcceptance
 from mcore_spec.export.modules import draft_names
 from mcore_spec.export.reader import attach_read, read_exported
 from mcore_spec.parallel.layout import Layout, run_on_rank_zero
-from mcore_spec.weights.hf_config import describe_hf, locate, read_hf_config
+from mcore_spec.weights.hf_config import describe_hf, locate, mtp_names, read_hf_config, without_mtp
 from mcore_spec.weights.hf_import import import_hf
 from mcore_spec.weights.safetensors_io import WeightDirectory
 
@@ -53,7 +53,8 @@ def load_drafted_base(arguments: DraftedBaseArguments, layout: Layout) -> Drafte
 
 def _from_directories(arguments: DraftedBaseArguments, layout: Layout) -> DraftedBase:
     directory, draft = locate(str(arguments.base), field="base"), Path(str(arguments.draft))
-    raw = read_hf_config(directory)
+    given = read_hf_config(directory)
+    raw = without_mtp(given)
     stored = describe_hf(raw, where=str(directory / "config.json"))
     base = _with_dtype(stored, arguments.params_dtype)
     check_layout(base, layout)
@@ -64,8 +65,9 @@ def _from_directories(arguments: DraftedBaseArguments, layout: Layout) -> Drafte
     tokenizer = arguments.tokenizer_model or str(directory)
     prompts = TokenizerPrompts(tokenizer, vocab_size=base.vocab_size, config=raw)
     model = build_gpt_model(base, layout)
-    with WeightDirectory(directory, without=draft_names(raw)) as weights:
-        if not exported.is_foreign and weights.fingerprint() != identity.fingerprint:
+    with WeightDirectory(directory, without=(*draft_names(raw), *mtp_names(given))) as weights:
+        # The weights of a base that was trained with its draft are not recorded.
+        if identity.fingerprint and weights.fingerprint() != identity.fingerprint:
             say(
                 f"note: {draft} was made for {identity.source}, whose weights are not those in {directory}; "
                 "its proposals fit less well"

@@ -92,8 +92,10 @@ class EagleArchitectureConfig(StrictConfig):
     attention_dropout: float = Field(0.0, ge=0, le=0, description="Must be 0: drafts have no dropout.")
     position_embedding_type: Literal["rope"] = Field("rope", description="Must be 'rope'.")
     torch_dtype: str | None = Field(None, description="Must be the base's dtype or absent.")
-    parallel_draft_step: Literal[1] = Field(1, description="Must be 1: parallel drafting is not built yet.")
-    parallel_draft_heads_num_layers: Literal[1] = Field(1, description="Must be 1, as parallel_draft_step.")
+    parallel_draft_step: int = Field(
+        1, ge=1, description="Tokens that each step proposes: one by its own head, the others by Medusa-like heads."
+    )
+    parallel_draft_heads_num_layers: int = Field(1, ge=1, description="Residual blocks in each of those other heads.")
     hidden_size: int | None = Field(None, description="Owned by the base; if given, must equal it.")
     vocab_size: int | None = Field(None, description="Owned by the base; if given, must equal it.")
     max_position_embeddings: int | None = Field(None, description="Owned by the base; if given, must equal it.")
@@ -118,6 +120,11 @@ class EagleArchitectureConfig(StrictConfig):
             )
         if self.use_aux_hidden_state and self.use_mtp_layernorm:
             raise ValueError("use_aux_hidden_state and use_mtp_layernorm exclude each other: choose one")
+        if self.parallel_draft_step == 1 and self.parallel_draft_heads_num_layers > 1:
+            raise ValueError(
+                f"parallel_draft_heads_num_layers = {self.parallel_draft_heads_num_layers} needs parallel_draft_step "
+                "above 1: there are no such heads; leave it out"
+            )
         if self.norm_before_fc and self.fc_norm:
             raise ValueError("norm_before_fc and fc_norm exclude each other: choose one")
         if not self.use_aux_hidden_state:
@@ -144,10 +151,23 @@ class EagleConfig(StrictConfig):
     eagle_self_logit_distillation: bool = Field(
         True, description="Soft labels from the base's logits; false: the data's next token."
     )
-    eagle_freeze_base_model: bool = Field(True, description="Keep the base model's weights fixed.")
+    eagle_freeze_base_model: bool = Field(
+        True,
+        description="Keep the base model's weights fixed; false: train it too, on the same tokens.",
+    )
+    eagle_train_through_features: bool = Field(
+        False,
+        description="With eagle_freeze_base_model = false: let the draft's gradient flow into the base through the "
+        "hidden states that the draft reads; its head, embedding and distribution are read as they are in any case.",
+    )
     eagle_report_acc: bool = Field(True, description="Report top-1 accuracy of every step.")
     eagle_reuse_base_decoder: bool = Field(
         False, description="EAGLE-MTP: start the decoder layer from the base's last decoder layer."
+    )
+    eagle_reuse_base_mtp: bool = Field(
+        False,
+        description="EAGLE-MTP: started as the base's own layer for multi-token prediction; written by convert "
+        "--draft-init mtp.",
     )
     eagle_loss_decay_factor: float = Field(0.9, gt=0, le=1, description="Loss weight of step k is factor**k.")
     eagle_decoder_type: Literal["llama"] = Field("llama", description="Kind of decoder layer.")
@@ -190,6 +210,15 @@ class EagleConfig(StrictConfig):
             raise ValueError(
                 "eagle_keep_out_of_vocabulary = true needs eagle_self_logit_distillation = true: a label outside of "
                 "the draft vocabulary has no logit"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_a_base_that_is_trained_takes_gradients(self) -> EagleConfig:
+        if self.eagle_train_through_features and self.eagle_freeze_base_model:
+            raise ValueError(
+                "eagle_train_through_features = true needs eagle_freeze_base_model = false: a frozen base takes no "
+                "gradient"
             )
         return self
 

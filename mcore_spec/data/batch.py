@@ -35,6 +35,7 @@ class Batch:
         token_ids: int64 [rows]; 0 in padding.
         step_token_ids: int64 [K, rows], the token x[t+1+k] that row t reads at step k; 0 outside of its document.
         counted: bool [K, rows], whether row t is in the loss at step k: m[t+1], m[t+2+k], and t+2+k in the document.
+        produced: bool [rows], whether the token behind row t is one that the base should produce: m[t+1].
         labels: int64 [K, rows], the token x[t+2+k] that row t predicts at step k; 0 outside of its document.
         replaced: rows that read the draft's own state after each step but the last, bool [K - 1, rows]; ``None``
             without mixing.
@@ -49,6 +50,7 @@ class Batch:
     token_ids: Tensor
     step_token_ids: Tensor
     counted: Tensor
+    produced: Tensor
     labels: Tensor
     replaced: Tensor | None
     bounds: tuple[int, ...]
@@ -64,6 +66,7 @@ class Batch:
             token_ids=self.token_ids.to(device),
             step_token_ids=self.step_token_ids.to(device),
             counted=self.counted.to(device),
+            produced=self.produced.to(device),
             labels=self.labels.to(device),
             replaced=None if self.replaced is None else self.replaced.to(device),
             noise_keys=None if self.noise_keys is None else self.noise_keys.to(device),
@@ -122,6 +125,7 @@ def make_batch(
         token_ids=torch.from_numpy(token_ids),
         step_token_ids=tokens[:-1],
         counted=torch.from_numpy(produced[:1] & produced[1:]),
+        produced=torch.from_numpy(produced[0]),
         labels=tokens[1:],
         replaced=replaced,
         bounds=tuple(bounds.tolist()),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mcore_spec.config import BaseArchitecture, EagleConfig
 from mcore_spec.drafts.draft import Reads, draft_to_target
 from mcore_spec.drafts.linear_start import Factors, LinearMap, factor
+from mcore_spec.drafts.parallel_heads import build_parallel_heads
 from mcore_spec.drafts.resolve import resolve_rope
 from mcore_spec.drafts.steps import StepOutput
 from mcore_spec.drafts.stepwise import StepwiseDraft
@@ -138,21 +139,22 @@ class Eagle3Draft(StepwiseDraft):
         if self.has_reduced_vocabulary:
             d2t = torch.full((architecture.draft_vocab_size,), -1, dtype=torch.int64, device=place.device)
             self.register_buffer("d2t", d2t)
+        self.parallel_draft_heads = build_parallel_heads(architecture, base, place=place)
 
-    def own_heads(self) -> list[VocabularyHead]:
-        """The draft's head, where it is not the base's."""
-        return [] if self.lm_head is None else [self.lm_head]
+    @property
+    def step_head(self) -> VocabularyHead | None:
+        """The draft's, where it has one."""
+        return self.lm_head
 
     def head_token_ids(self) -> Tensor:
-        """Base token id of each row of the head."""
-        if self.has_reduced_vocabulary:
-            return draft_to_target(self)
-        assert self.lm_head is not None
-        return torch.arange(self.lm_head.vocab_size, device=self.lm_head.weight.device)
+        """Base token id of each row of the heads."""
+        return draft_to_target(self) if self.has_reduced_vocabulary else super().head_token_ids()
 
     def init_weights(self, *, seed: int) -> None:
-        """Normal matrices with standard deviation ``initializer_range``; norms one."""
+        """Normal matrices with standard deviation ``initializer_range``; norms one, parallel heads the identity."""
         init_linear_weights(self, std=self.architecture.initializer_range, seed=seed)
+        if self.parallel_draft_heads is not None:
+            self.parallel_draft_heads.init_weights()
 
     def set_draft_vocabulary(self, d2t: Tensor) -> None:
         """Keep the mapping; a whole vocabulary, which can only map to itself, needs none."""
@@ -163,7 +165,7 @@ class Eagle3Draft(StepwiseDraft):
         """Which layers it reads, how many tokens it knows."""
         layers = ", ".join(map(str, self.aux_layer_ids))
         vocabulary = f"draft vocabulary {self.architecture.draft_vocab_size:,}"
-        return [f"aux layers {layers} (0-based, by output)", vocabulary]
+        return [f"aux layers {layers} (0-based, by output)", vocabulary, *super().facts()]
 
     @torch.no_grad()
     def scale_logits(self, head_row_norm: float) -> None:

@@ -88,7 +88,7 @@ class MiMoDraft(MTPDraft):
 
     def facts(self) -> list[str]:
         """Which state it reads."""
-        return ["reads the base's last layer before its final norm, as MiMo"]
+        return ["reads the base's last layer before its final norm, as MiMo", *super().facts()]
 
 
 def build_mtp(config: EagleConfig, base: BaseArchitecture, *, place: Placement) -> MTPDraft:

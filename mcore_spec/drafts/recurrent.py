@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mcore_spec.config import BaseArchitecture, EagleConfig
 from mcore_spec.drafts.draft import Reads
 from mcore_spec.drafts.linear_start import LinearMap
+from mcore_spec.drafts.parallel_heads import build_parallel_heads
 from mcore_spec.drafts.resolve import resolve_rope
 from mcore_spec.drafts.steps import StepOutput
 from mcore_spec.drafts.stepwise import StepwiseDraft
@@ -55,10 +56,13 @@ class RecurrentDraft(StepwiseDraft):
             DecoderLayer(self.shape, input_norm=first_input_norm or index > 0, place=place)
             for index in range(self.architecture.num_hidden_layers)
         )
+        self.parallel_draft_heads = build_parallel_heads(self.architecture, base, place=place)
 
     def init_weights(self, *, seed: int) -> None:
-        """Normal matrices with standard deviation ``initializer_range``; norms one."""
+        """Normal matrices with standard deviation ``initializer_range``; norms one, parallel heads the identity."""
         init_linear_weights(self, std=self.architecture.initializer_range, seed=seed)
+        if self.parallel_draft_heads is not None:
+            self.parallel_draft_heads.init_weights()
 
     @property
     def projection(self) -> ShardedLinear:

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from mcore_spec.drafts.draft import Draft
+from mcore_spec.drafts.parallel_heads import ParallelHeads
 from mcore_spec.drafts.steps import Mixing, Past, StepOutput, StepResult, run_steps
 from mcore_spec.layers.attention import Rows, TTTRows
+from mcore_spec.layers.linear import VocabularyHead
 from mcore_spec.parallel.documents import Documents
 
 
@@ -19,10 +22,33 @@ class StepwiseDraft(Draft):
 
     Attributes:
         layers: its decoder layers, each of which keeps keys and values.
+        parallel_draft_heads: what proposes further tokens from a step's state, if anything does.
     """
 
     reads_tokens: ClassVar[bool] = True
     layers: nn.ModuleList
+    parallel_draft_heads: ParallelHeads | None
+
+    @property
+    def step_head(self) -> VocabularyHead | None:
+        """The head of every step, where it is not the base's."""
+        return None
+
+    def own_heads(self) -> list[VocabularyHead]:
+        """The steps', and that of the parallel heads; both speak one vocabulary."""
+        further = None if self.parallel_draft_heads is None else self.parallel_draft_heads.lm_head
+        return [head for head in (self.step_head, further) if head is not None]
+
+    def head_token_ids(self) -> Tensor:
+        """Base token id of each row of the heads."""
+        head = self.own_heads()[0]
+        return torch.arange(head.vocab_size, device=head.weight.device)
+
+    def facts(self) -> list[str]:
+        """How many tokens a step proposes, where it is more than one."""
+        if self.parallel_draft_heads is None:
+            return []
+        return [f"{1 + len(self.parallel_draft_heads.medusa_heads)} tokens a step"]
 
     def start(self, features: Tensor) -> Tensor:
         """The state that step 0 reads, [s or s/size, b, h], from the base's features."""

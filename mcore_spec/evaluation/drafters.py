@@ -157,8 +157,12 @@ class StepwiseDrafter:
         """
         self.base, self.draft, self.topology, self.temperature = base, draft, topology, temperature
         self.share = RowShare(base.tp)
-        vocab_size, own = base.architecture.vocab_size, draft.own_heads()
-        self.head: VocabularyHead | None = own[0] if own else None
+        vocab_size = base.architecture.vocab_size
+        self.head: VocabularyHead | None = draft.step_head
+        further = draft.parallel_draft_heads
+        num_further = 0 if further is None else len(further.medusa_heads)
+        # The last step proposes by all of its heads, the others by their own alone.
+        self.num_steps = max(1, topology.depth - num_further)
         self.vocabulary = HeadVocabulary(
             size=vocab_size if self.head is None else self.head.vocab_size,
             vocab_size=vocab_size,
@@ -172,7 +176,7 @@ class StepwiseDrafter:
         self.cache = KeyValueCache(num_sequences=num_sequences, capacity=capacity)
 
     def propose(self, features: Tensor, readings: Sequence[Reading], uniforms: Tensor | None) -> Proposals:
-        """Read the confirmed rows, then go down the tree, one step a depth."""
+        """Read the confirmed rows, then go down the tree, one step a depth, and the rest from the last step."""
         device = features.device
         spans = [Span(each.sequence, each.start, len(each.rows), each.length) for each in readings]
         rows = NewRows(spans, device=device, multiple=self.share.multiple)
@@ -183,26 +187,35 @@ class StepwiseDrafter:
         parents, num_sequences = [ROOT], len(readings)
         proposed = torch.zeros(num_sequences, len(self.topology), dtype=torch.int64, device=device)
         probabilities: list[Tensor] = []
-        for depth in range(1, self.topology.depth + 1):
+
+        def choose(logits: Tensor, depth: int, num_above: int) -> None:
+            """The tokens of a depth, from logits of the rows that lie `num_above` depths above."""
             nodes = self.topology.at_depth(depth)
-            logits = self._logits(hidden.flatten(0, 1))
-            above = torch.tensor([parents.index(self.topology.parents[node]) for node in nodes], device=device)
-            if uniforms is None:
-                ranks = torch.tensor([self.topology.ranks[node] for node in nodes], device=device)
-                best = self.vocabulary.likeliest(logits, int(ranks.max()) + 1)
-                proposed[:, nodes] = best.unflatten(0, (num_sequences, -1))[:, above, ranks]
-            else:
+            if uniforms is not None:
                 probabilities.append(self.vocabulary.probabilities(logits, self.temperature))
                 proposed[:, nodes] = draw(probabilities[-1], uniforms[:, depth - 1])[:, None]
-            inner = [node for node in nodes if node in self.topology.inner]
-            if not inner:
-                continue
+                return
+            above = [parents.index(self.topology.above(node, num_above)) for node in nodes]
+            ranks = [self.topology.ranks[node] for node in nodes]
+            best = self.vocabulary.likeliest(logits, max(ranks) + 1)
+            proposed[:, nodes] = best.unflatten(0, (num_sequences, -1))[:, above, ranks]
+
+        for depth in range(1, self.num_steps + 1):
+            choose(self._logits(hidden.flatten(0, 1)), depth, 1)
+            if depth == self.num_steps:
+                break
+            inner = [node for node in self.topology.at_depth(depth) if node in self.topology.inner]
             above = torch.tensor([parents.index(self.topology.parents[node]) for node in inner], device=device)
             rows = self._rows_of(readings, inner)
             state = self.share.take(feedback[:, above].flatten(0, 1), rows.num_rows)
             output = self._step(state, proposed[:, inner].flatten(), rows)
             hidden, feedback = (each.unflatten(0, (num_sequences, -1)) for each in output)
             parents = inner
+        further = self.draft.parallel_draft_heads
+        if further is not None and self.num_steps < self.topology.depth:
+            states = further.states(hidden.flatten(0, 1))
+            for number in range(1, self.topology.depth - self.num_steps + 1):
+                choose(further.lm_head(states[number - 1]), self.num_steps + number, 1 + number)
         return Proposals(proposed, torch.stack(probabilities, dim=1) if probabilities else None)
 
     def _rows_of(self, readings: Sequence[Reading], nodes: list[int]) -> NewRows:

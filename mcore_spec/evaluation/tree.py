@@ -78,6 +78,12 @@ class Topology:
         """Numbers of the nodes `depth` steps below the root."""
         return [node for node, path in enumerate(self.paths) if len(path) == depth]
 
+    def above(self, node: int, distance: int) -> int:
+        """Number of the node, or `ROOT`, that lies `distance` depths above."""
+        for _ in range(distance):
+            node = self.parents[node]
+        return node
+
     def children(self, node: int) -> list[int]:
         """Numbers of the nodes directly below a node, or below `ROOT`."""
         return [child for child, parent in enumerate(self.parents) if parent == node]

@@ -12,13 +12,13 @@ from megatron.core.models.gpt import GPTModel
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.export.directory import atomic_directory
-from mcore_spec.export.draft import BESIDE_BASE_NAME, plan_draft, write_draft
-from mcore_spec.export.plan import FORMATS_WITH_BASE, ExportFormat
+from mcore_spec.export.draft import plan_draft, write_draft
+from mcore_spec.export.plan import FORMATS_WITH_BASE, ExportFormat, exported_record
 from mcore_spec.parallel.collectives import group_rank
 from mcore_spec.parallel.layout import run_on_every_rank, run_on_rank_zero
 from mcore_spec.weights.hf_config import to_hf_config
 from mcore_spec.weights.hf_export import export_base
-from mcore_spec.weights.safetensors_io import INDEX_NAME, read_header
+from mcore_spec.weights.safetensors_io import BESIDE_BASE_NAME, INDEX_NAME, read_header
 
 # Where the draft lies in a directory that holds the base too.
 DRAFT = "draft"
@@ -47,6 +47,7 @@ def export_base_and_draft(
         UnsupportedError: a draft that would not serve, or a base that Hugging Face's classes cannot say.
         OSError: writing failed; on every rank.
     """
+    record = exported_record(record)
     config = base_config(record)
     has_draft = record.conversion is not None
     plan = plan_draft(model, record, export_format) if has_draft else None

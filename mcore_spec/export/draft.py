@@ -15,12 +15,9 @@ from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import ConfigError
 from mcore_spec.export.card import model_card
 from mcore_spec.export.directory import atomic_directory
-from mcore_spec.export.plan import FORMATS_WITH_BASE, ExportFormat, ExportPlan, PlannedTensors
+from mcore_spec.export.plan import FORMATS_WITH_BASE, ExportFormat, ExportPlan, PlannedTensors, exported_record
 from mcore_spec.parallel.layout import run_on_every_rank
-from mcore_spec.weights.safetensors_io import write_tensors
-
-# The draft's tensors, where they lie among those of the base.
-BESIDE_BASE_NAME = "draft.safetensors"
+from mcore_spec.weights.safetensors_io import BESIDE_BASE_NAME, write_tensors
 
 
 def export_draft(
@@ -49,6 +46,7 @@ def export_draft(
             f"export_format = {export_format!r} is base and draft in one model; export both (leave "
             "--export-extra-modules out)"
         )
+    record = exported_record(record)
     write_planned(model, record, plan_draft(model, record, export_format), directory, overwrite=overwrite)
 
 

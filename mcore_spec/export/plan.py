@@ -12,12 +12,15 @@ from torch import Tensor
 from mcore_spec.bases.base import Base
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.config import ExportFormat
+from mcore_spec.conversion import find_algorithm
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import UnsupportedError
 from mcore_spec.parallel.sharding import Shard, ShardedTensorEntry, gather_whole, sharded_tensors, whole_shape
 from mcore_spec.weights.draft_names import Table, stored_name
 from mcore_spec.weights.safetensors_io import SINGLE_NAME, TensorSpec
 
+# What stands for the path of a base that was trained with its draft.
+TRAINED_BASE = "DIRECTORY_OF_THE_BASE_TRAINED_WITH_THIS_DRAFT"
 # In which the draft's tensors lie among those of the base, in one model.
 FORMATS_WITH_BASE: tuple[ExportFormat, ...] = ("mimo",)
 
@@ -109,6 +112,21 @@ def format_of(config: Mapping[str, Any]) -> ExportFormat:
         return "speculators"
     # Its names are those of FasterDecoding too.
     return "tensorrt-llm" if "num_medusa_heads" in config else "hf"
+
+
+def exported_record(record: CheckpointRecord) -> CheckpointRecord:
+    """The record as an export states it: a base that was trained with its draft is not the one that it was made from.
+
+    Its weights are known by the directory alone that it is exported to, which may move.
+    """
+    conversion = record.conversion
+    if conversion is None or record.training is None:
+        return record
+    algorithm = find_algorithm(conversion.algorithm)
+    if algorithm.freezes_base(algorithm.config_class.parse(conversion.config)):
+        return record
+    identity = record.identity.model_copy(update={"source": TRAINED_BASE, "fingerprint": ""})
+    return record.model_copy(update={"identity": identity})
 
 
 def token_ids(record: CheckpointRecord) -> dict[str, Any]:

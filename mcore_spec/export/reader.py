@@ -186,7 +186,7 @@ def _fill(draft: Draft, weights: WeightDirectory, plan: ExportPlan, tp: TensorPa
             f"{unknown or 'nothing'}, of another shape {wrong or 'nothing'}; {remedy}"
         )
     for name, entry in entries.items():
-        entry.tensor.copy_(_read_shard(weights, stored[name], entry, tp))
+        entry.tensor.copy_(read_shard(weights, stored[name], entry, tp))
 
 
 def _common_name(name: str) -> str:
@@ -216,7 +216,7 @@ def _check_embedding(base: Base, directory: Path) -> None:
             )
 
 
-def _read_shard(weights: WeightDirectory, name: str, entry: ShardedTensorEntry, tp: TensorParallel) -> Tensor:
+def read_shard(weights: WeightDirectory, name: str, entry: ShardedTensorEntry, tp: TensorParallel) -> Tensor:
     """This rank's slice, padded with zeros where the cut is padded."""
     shard: Shard = entry.shard
     if shard.dim is None:

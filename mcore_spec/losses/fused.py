@@ -18,17 +18,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from mcore_spec.errors import ConfigError
+from mcore_spec.losses.blocks import Scratch, add_head_gradient, block_rows, project
 from mcore_spec.losses.outcome import LossOutput
 from mcore_spec.losses.schedule import Chunk, StepRows, schedule
-from mcore_spec.losses.softmax import all_reduce, exponentiate, row_peak
+from mcore_spec.losses.softmax import against_labels, all_reduce, exponentiate, row_peak
 from mcore_spec.losses.vocabulary import NOT_IN_VOCABULARY, Vocabulary, VocabularySlice
-
-# Elements of a block, 64 MiB in float32. Measured on two cores with 49,152 entries of 576: up to 2**24 the heads'
-# matrix products gain from more rows at a time, and what the passes over a larger block lose stays below it.
-HOST_MAX_LOGITS = 2**24
-# 512 MiB in float32, 883 rows of 151,936 entries: enough for a matrix product to be bound by arithmetic, not by reading
-# the head. Reckoned, not measured.
-DEVICE_MAX_LOGITS = 2**27
 
 
 def distillation_loss(
@@ -42,6 +36,8 @@ def distillation_loss(
     labels: Tensor | None = None,
     keep_out_of_vocabulary: bool = False,
     max_logits: int | None = None,
+    ahead: Sequence[int] | None = None,
+    num_judged: int | None = None,
 ) -> LossOutput:
     """Cross-entropy of the draft against the base, summed over rows and over K steps (EAGLE-3, arXiv 2503.01840).
 
@@ -65,6 +61,8 @@ def distillation_loss(
             is not in the draft vocabulary is dropped. None: the base's distribution.
         keep_out_of_vocabulary: do not drop rows for their teacher argmax (with `labels` there is nothing to keep).
         max_logits: elements in a block of logits on this rank; 2 to 4 blocks are held. Default: by device.
+        ahead: what stands for k above in positions and decay, one a tensor of `student`. Default: 0, 1, ... K - 1.
+        num_judged: how many of them, from the first, the statistics are about. Default: all.
 
     Returns:
         The sums; `loss` carries the gradients.
@@ -72,10 +70,6 @@ def distillation_loss(
     Raises:
         ConfigError: `max_logits` below 1, or `keep_out_of_vocabulary` with `labels`.
     """
-    if max_logits is None:
-        max_logits = HOST_MAX_LOGITS if teacher.device.type == "cpu" else DEVICE_MAX_LOGITS
-    if max_logits < 1:
-        raise ConfigError(f"max_logits = {max_logits}; give the elements of a block of logits, 1 or more")
     if keep_out_of_vocabulary and labels is not None:
         raise ConfigError(
             "keep_out_of_vocabulary = true with labels: a label outside of the draft vocabulary has no logit; "
@@ -84,7 +78,8 @@ def distillation_loss(
     assert counted.shape == (len(student), position.shape[0]), f"counted is {list(counted.shape)}"
     assert labels is None or labels.shape == counted.shape, "labels are shaped like counted"
     assert all(hidden.shape == (position.shape[0], teacher.shape[1]) for hidden in student), "one hidden state a row"
-    assert len(vocabulary.student_heads) in (1, len(student)), "one head for all steps, or one a step"
+    num_heads = len(vocabulary.head_of_state or vocabulary.student_heads)
+    assert num_heads in (1, len(student)), "one head for all steps, or one a step"
     request = _Request(
         teacher=teacher.detach(),
         position=position.to(teacher.device),
@@ -93,10 +88,16 @@ def distillation_loss(
         decay=decay,
         labels=labels,
         keep_out_of_vocabulary=keep_out_of_vocabulary,
-        max_positions=max(1, max_logits // max(1, vocabulary.teacher.width, vocabulary.student.width)),
+        max_positions=block_rows(
+            max(vocabulary.teacher.width, vocabulary.student.width), device=teacher.device, max_logits=max_logits
+        ),
         with_grad=torch.is_grad_enabled(),
+        ahead=tuple(range(len(student)) if ahead is None else ahead),
+        num_judged=len(student) if num_judged is None else num_judged,
     )
-    return LossOutput(*_DistillationLoss.apply(request, *vocabulary.student_heads, *student))
+    frozen = vocabulary.frozen_heads
+    heads = [head.detach() if i in frozen else head for i, head in enumerate(vocabulary.student_heads)]
+    return LossOutput(*_DistillationLoss.apply(request, *heads, *student))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,8 @@ class _Request:
     keep_out_of_vocabulary: bool
     max_positions: int
     with_grad: bool
+    ahead: tuple[int, ...]
+    num_judged: int
 
 
 class _DistillationLoss(Function):
@@ -124,6 +127,7 @@ class _DistillationLoss(Function):
         for chunk in schedule(
             request.position,
             request.counted,
+            ahead=request.ahead,
             num_positions=request.teacher.shape[0],
             max_positions=request.max_positions,
         ):
@@ -153,21 +157,6 @@ class _Target(NamedTuple):
     ids: Tensor
     is_kept: Tensor
     probabilities: Tensor | None
-
-
-class _Scratch:
-    """Memory for one block at a time; it grows to the largest that is asked for and is used again."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._flat = torch.empty(0, dtype=dtype, device=device)
-
-    def block(self, num_rows: int, width: int) -> Tensor:
-        """An uninitialised, contiguous [num_rows, width]; the one before is overwritten."""
-        if self._flat.numel() < num_rows * width:
-            # The small one is let go first: the two together would be a block more at the peak.
-            self._flat = self._flat.new_empty(0)
-            self._flat = self._flat.new_empty(num_rows * width)
-        return self._flat[: num_rows * width].view(num_rows, width)
 
 
 class _Work:
@@ -200,9 +189,9 @@ class _Work:
         self.log_sum = torch.zeros(len(student), dtype=self.wide, device=device)
         self.cross = torch.zeros_like(self.log_sum)
         self._teacher_block, self._draft_block, self._student_block, self._taken_block = (
-            _Scratch(self.wide, device) for _ in range(4)
+            Scratch(self.wide, device) for _ in range(4)
         )
-        self._narrow_blocks = {narrow: _Scratch(narrow, device) for narrow in {dtype, request.teacher.dtype}}
+        self._narrow_blocks = {narrow: Scratch(narrow, device) for narrow in {dtype, request.teacher.dtype}}
 
     def add(self, chunk: Chunk) -> None:
         """Judge the rows of every step at the positions of a chunk."""
@@ -212,17 +201,18 @@ class _Work:
 
     def finish(self) -> LossOutput:
         """The sums over all chunks."""
-        counted, decay = self.request.counted, self.request.decay
+        judged, decay, ahead = slice(self.request.num_judged), self.request.decay, self.request.ahead
+        counted = self.request.counted
         vocabulary = self.request.vocabulary
         predicted = all_reduce(self.predicted, dist.ReduceOp.MIN, self.group).clamp_(max=vocabulary.draft_size - 1)
         loss_by_step = self.log_sum - all_reduce(self.cross, dist.ReduceOp.SUM, self.group)
-        weights = torch.tensor([decay**k for k in range(len(self.student))], dtype=self.wide)
-        correct = (vocabulary.to_target(predicted) == self.expected) & counted
+        weights = torch.tensor([decay**k for k in ahead], dtype=self.wide)
+        correct = ((vocabulary.to_target(predicted) == self.expected) & counted)[judged]
         return LossOutput(
             loss=(weights.to(loss_by_step.device) * loss_by_step).sum(),
-            loss_by_step=loss_by_step,
-            rows_by_step=self.entered.sum(1),
-            judged_by_step=counted.sum(1),
+            loss_by_step=loss_by_step[judged],
+            rows_by_step=self.entered[judged].sum(1),
+            judged_by_step=counted[judged].sum(1),
             correct_by_step=correct.sum(1),
             # A row's run ends with the first step that is wrong or that the mask leaves out.
             accepted=correct.to(torch.int64).cumprod(0).sum(),
@@ -284,22 +274,19 @@ class _Work:
         assert self.request.labels is not None
         k, head = step.step, self.request.vocabulary.student
         label = self.request.vocabulary.to_draft(self.request.labels[k].index_select(0, step.rows))
+        # A label outside of the draft vocabulary stands in no column.
         entered = label != NOT_IN_VOCABULARY
-        column = label - head.first
-        # A label of another rank and one outside of the draft vocabulary stand in no column.
-        is_here = ((column >= 0) & (column < head.width)).to(self.wide)
-        column = column.clamp(0, max(head.width - 1, 0))[:, None]
-        if head.width > 0:
-            self.cross[k] += ((logits.gather(1, column)[:, 0] - highest) * is_here).sum()
-        total = exponentiate(logits, highest, self.group).total
-        self.log_sum[k] += (total.log() * entered).sum()
-        if head.width > 0 and self._wants_gradients:
-            logits.mul_((-1 / total)[:, None]).scatter_add_(1, column, is_here[:, None])
+        surprise = against_labels(logits, highest, label, head.first, self.group, wants_gradients=self._wants_gradients)
+        self.cross[k] += surprise.label.sum()
+        self.log_sum[k] += (surprise.log_sum * entered).sum()
         return entered
 
     def _add_gradients(self, step: StepRows, hidden: Tensor, entered: Tensor, descent: Tensor) -> None:
         """Add what the rows of one step give; `descent` is p - q, minus the gradient with respect to their logits."""
-        factor, head = -(self.request.decay**step.step), self.request.vocabulary.student_at(step.step)
+        factor, head = (
+            -(self.request.decay ** self.request.ahead[step.step]),
+            self.request.vocabulary.student_at(step.step),
+        )
         if hidden.dtype != descent.dtype:
             descent = self._narrow_blocks[hidden.dtype].block(*descent.shape).copy_(descent)
         grad = self.student_grads[step.step]
@@ -310,16 +297,8 @@ class _Work:
         whole_grad = self.head_grads[self.request.vocabulary.head_of(step.step)]
         if whole_grad is None:
             return
-        entered_hidden, head_grad = hidden * entered[:, None], whole_grad[: head.width]
-        if hidden.dtype == head_grad.dtype:
-            head_grad.addmm_(descent.t(), entered_hidden, alpha=factor)
-        else:
-            head_grad.add_(torch.mm(descent.t(), entered_hidden), alpha=factor)
+        add_head_gradient(whole_grad[: head.width], descent, hidden * entered[:, None], factor=factor)
 
-    def _logits(self, hidden: Tensor, head: VocabularySlice, scratch: _Scratch) -> Tensor:
+    def _logits(self, hidden: Tensor, head: VocabularySlice, scratch: Scratch) -> Tensor:
         """[n, h] -> [n, width], multiplied in the tensors' dtype and widened."""
-        out = scratch.block(hidden.shape[0], head.width)
-        if hidden.dtype == out.dtype:
-            return torch.mm(hidden, head.weight.t(), out=out)
-        narrow = self._narrow_blocks[hidden.dtype].block(*out.shape)
-        return out.copy_(torch.mm(hidden, head.weight.t(), out=narrow))
+        return project(hidden, head.weight, scratch, self._narrow_blocks[hidden.dtype])

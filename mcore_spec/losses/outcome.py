@@ -22,6 +22,8 @@ class LossOutput(NamedTuple):
             acceptance length is 1 + accepted / judged_by_step[0].
         regression_by_step: distance of the draft's states from the base's, where it is part of the loss: sums over the
             counted rows, without decay, [K]; ``None`` elsewhere.
+        language_model: where the base is trained too, its own loss, which `loss` contains, and the tokens that it is
+            over: sums, [2]; ``None`` elsewhere.
     """
 
     loss: Tensor
@@ -31,3 +33,4 @@ class LossOutput(NamedTuple):
     correct_by_step: Tensor
     accepted: Tensor
     regression_by_step: Tensor | None = None
+    language_model: Tensor | None = None

@@ -25,6 +25,8 @@ def distillation_loss_reference(
     decay: float,
     labels: Tensor | None = None,
     keep_out_of_vocabulary: bool = False,
+    ahead: Sequence[int] | None = None,
+    num_judged: int | None = None,
 ) -> LossOutput:
     """`fused.distillation_loss`, which has the arguments' full description, for a group of one rank.
 
@@ -37,6 +39,8 @@ def distillation_loss_reference(
         decay: weight of a step relative to the one before.
         labels: int64 [K, rows], or None.
         keep_out_of_vocabulary: whether rows stay whose teacher argmax is not in the draft vocabulary.
+        ahead: what stands for k in positions and decay, one a tensor of `student`, or None.
+        num_judged: how many of them the statistics are about, or None.
 
     Returns:
         The sums; `loss` carries gradients to `student` and to the student's heads.
@@ -47,6 +51,8 @@ def distillation_loss_reference(
     # The base id of each row of the student's head.
     draft_ids = list(range(vocabulary.vocab_size)) if ids is None else ids.tolist()
     teacher_head = vocabulary.teacher_head.detach()[: vocabulary.vocab_size]
+    ahead = range(len(student)) if ahead is None else ahead
+    judged = slice(num_judged)
     entered, correct = torch.zeros_like(counted), torch.zeros_like(counted)
     losses = []
     for k, hidden in enumerate(student):
@@ -54,7 +60,7 @@ def distillation_loss_reference(
         # A zero that depends on every input, so that a step without rows has gradients of zero.
         loss = 0 * (hidden.sum() + student_head.sum()).to(wide)
         for row in counted[k].nonzero().flatten().tolist():
-            teacher_logits = (teacher_head @ teacher[position[row] + 1 + k].detach()).to(wide)
+            teacher_logits = (teacher_head @ teacher[position[row] + 1 + ahead[k]].detach()).to(wide)
             student_logits = (student_head @ hidden[row]).to(wide)
             best = int(teacher_logits.argmax())
             correct[k, row] = draft_ids[int(student_logits.argmax())] == best
@@ -70,12 +76,12 @@ def distillation_loss_reference(
                 loss = loss + term
         losses.append(loss)
     return LossOutput(
-        loss=torch.stack([decay**k * loss for k, loss in enumerate(losses)]).sum(),
-        loss_by_step=torch.stack(losses).detach(),
-        rows_by_step=entered.sum(1),
-        judged_by_step=counted.sum(1),
-        correct_by_step=correct.sum(1),
-        accepted=torch.tensor(sum(_accepted(row) for row in correct.T.tolist()), device=counted.device),
+        loss=torch.stack([decay**k * loss for k, loss in zip(ahead, losses, strict=True)]).sum(),
+        loss_by_step=torch.stack(losses).detach()[judged],
+        rows_by_step=entered[judged].sum(1),
+        judged_by_step=counted[judged].sum(1),
+        correct_by_step=correct[judged].sum(1),
+        accepted=torch.tensor(sum(_accepted(row) for row in correct[judged].T.tolist()), device=counted.device),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -39,7 +40,9 @@ class Chunk(NamedTuple):
     steps: list[StepRows]
 
 
-def schedule(position: Tensor, counted: Tensor, *, num_positions: int, max_positions: int) -> list[Chunk]:
+def schedule(
+    position: Tensor, counted: Tensor, *, num_positions: int, max_positions: int, ahead: Sequence[int] | None = None
+) -> list[Chunk]:
     """Cut the positions that any counted row needs into chunks of nearly equal size.
 
     Row r is judged at step k at position ``position[r] + 1 + k``. The rows may be any of the positions, in any order.
@@ -49,11 +52,13 @@ def schedule(position: Tensor, counted: Tensor, *, num_positions: int, max_posit
         counted: rows of each step, bool [K, rows].
         num_positions: positions there are.
         max_positions: largest size of a chunk.
+        ahead: what stands for k above, one a step; ``None``: its number.
     """
+    ahead = range(len(counted)) if ahead is None else ahead
     assert position.unique().shape == position.shape, "no two rows share a position"
     order = position.argsort()
     rows = [order[is_counted[order]] for is_counted in counted]
-    targets = [position[step_rows] + 1 + k for k, step_rows in enumerate(rows)]
+    targets = [position[step_rows] + 1 + distance for distance, step_rows in zip(ahead, rows, strict=True)]
     is_needed = torch.zeros(num_positions, dtype=torch.bool, device=position.device)
     for target in targets:
         is_needed[target] = True

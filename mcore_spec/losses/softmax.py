@@ -109,6 +109,41 @@ def exponentiate(logits: Tensor, highest: Tensor, group: Group, *, weights: Tens
     return Exponentials(total, torch.cat(cross) if cross else None)
 
 
+class Surprise(NamedTuple):
+    """What labels cost; a row's loss is `log_sum` minus the sum of `label` over the group. Both [n].
+
+    Attributes:
+        log_sum: logarithm of the sum of the shifted exponentials, the same on every rank.
+        label: the label's shifted logit, 0 on ranks that do not hold it.
+    """
+
+    log_sum: Tensor
+    label: Tensor
+
+
+def against_labels(
+    logits: Tensor, highest: Tensor, labels: Tensor, first: int, group: Group, *, wants_gradients: bool
+) -> Surprise:
+    """Cross-entropy with hard labels; `logits` becomes onehot - q where gradients are wanted.
+
+    Args:
+        logits: this rank's slice, [n, width]; the width may be 0.
+        highest: maximum of each row over the group, [n].
+        labels: vocabulary indices, int64 [n]; one that no rank's slice holds stands in no column.
+        first: vocabulary index of the slice's first column.
+        group: ranks that hold the slices.
+        wants_gradients: whether `logits` is of use afterwards.
+    """
+    width, column = logits.shape[1], labels - first
+    is_here = ((column >= 0) & (column < width)).to(logits.dtype)
+    column = column.clamp(0, max(width - 1, 0))[:, None]
+    label = torch.zeros_like(highest) if width == 0 else (logits.gather(1, column)[:, 0] - highest) * is_here
+    total = exponentiate(logits, highest, group).total
+    if width > 0 and wants_gradients:
+        logits.mul_((-1 / total)[:, None]).scatter_add_(1, column, is_here[:, None])
+    return Surprise(total.log(), label)
+
+
 def _tiles(block: Tensor) -> list[slice]:
     """Groups of rows that several passes go over one after the other: on the host, as many as stay in its caches."""
     num_rows, width = block.shape

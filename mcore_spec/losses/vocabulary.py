@@ -32,6 +32,12 @@ class VocabularySlice(NamedTuple):
         return self.weight.shape[0]
 
 
+def head_slice(head: Tensor, vocab_size: int, tp: TensorParallel) -> VocabularySlice:
+    """The rows of a rank's part of a head [padded vocabulary / size, h] that are vocabulary entries."""
+    first = tp.rank * head.shape[0]
+    return VocabularySlice(head[: max(0, vocab_size - first)], first)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
     """The heads of both sides. The padding rows at the end of a head never reach a softmax.
@@ -48,6 +54,9 @@ class Vocabulary:
             Needed where that slice is not among this rank's rows of the base: on several ranks, with a reduced
             vocabulary or with heads that are padded differently.
         tp: the tensor-parallel group; the caller has entered its parallel region.
+        frozen_heads: which of the student's heads get no gradient: the base's, also where it is trained for another
+            loss.
+        head_of_state: which of several heads reads each of the student's states; empty: one for all, or one each.
     """
 
     teacher_head: Tensor
@@ -56,6 +65,8 @@ class Vocabulary:
     draft_to_target: Tensor | None = None
     teacher_rows: Tensor | None = None
     tp: TensorParallel = field(default_factory=TensorParallel)
+    frozen_heads: tuple[int, ...] = ()
+    head_of_state: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse heads that do not hold their vocabulary.
@@ -133,7 +144,9 @@ class Vocabulary:
         return self.student_at(0)
 
     def head_of(self, step: int) -> int:
-        """Which of `student_heads` a step reads."""
+        """Which of `student_heads` reads the state of a step."""
+        if self.head_of_state:
+            return self.head_of_state[step]
         return step if len(self.student_heads) > 1 else 0
 
     def student_at(self, step: int) -> VocabularySlice:
@@ -141,8 +154,7 @@ class Vocabulary:
         return self._slice(self.student_heads[self.head_of(step)].detach(), self.draft_size)
 
     def _slice(self, head: Tensor, size: int) -> VocabularySlice:
-        first = self.tp.rank * head.shape[0]
-        return VocabularySlice(head[: max(0, size - first)], first)
+        return head_slice(head, size, self.tp)
 
     @cached_property
     def target_to_draft(self) -> Tensor | None:

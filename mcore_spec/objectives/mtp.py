@@ -10,4 +10,5 @@ from mcore_spec.objectives.stepwise import stepwise_task
 def mtp_task(config: EagleConfig) -> Task:
     """What training the draft of this configuration takes."""
     # The start would take the place of the base's layer.
-    return stepwise_task(config, starts_linearly=not config.eagle_reuse_base_decoder)
+    starts_as_base = config.eagle_reuse_base_decoder or config.eagle_reuse_base_mtp
+    return stepwise_task(config, starts_linearly=not starts_as_base)

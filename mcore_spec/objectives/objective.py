@@ -38,9 +38,11 @@ class Task:
         aux_layer_ids: layers of the base whose outputs the draft reads.
         mixes_hidden_states: whether batches to train on say which rows read the draft's own state.
         draws_noise: whether they have the keys of noise on the features.
-        regresses_features: whether the loss has a part that measures the draft's states.
+        num_regressed: steps, from the first, whose states the loss measures.
         reports_accuracy: whether the log has the accuracy of each step, and what follows from it.
         starts_linearly: whether the draft has a start from data (--fit-start).
+        trains_base: whether the base is trained too, for the next token.
+        trains_through_features: whether the draft's gradient flows on into a base that is trained.
         make_objective: ``make_objective(base, draft, recompute=...)``; `recompute`: compute the activations of each
             step again in backward.
     """
@@ -50,9 +52,11 @@ class Task:
     aux_layer_ids: tuple[int, ...] = ()
     mixes_hidden_states: bool = False
     draws_noise: bool = False
-    regresses_features: bool = False
+    num_regressed: int = 0
     reports_accuracy: bool = True
     starts_linearly: bool = False
+    trains_base: bool = False
+    trains_through_features: bool = False
 
 
 MakeTask: TypeAlias = Callable[[Any], Task]

@@ -25,19 +25,26 @@ def teacher_rows(features: Features, documents: Documents, tp: TensorParallel) -
 
 
 @torch.no_grad()
-def relate_vocabularies(base: Base, own_heads: Sequence[VocabularyHead], token_ids: Tensor | None) -> Vocabulary:
+def relate_vocabularies(
+    base: Base,
+    heads: Sequence[VocabularyHead | None],
+    token_ids: Tensor | None,
+    *,
+    head_of_state: Sequence[int] = (),
+) -> Vocabulary:
     """The heads of both sides; every rank of the last stage's tensor-parallel group must call.
 
     Args:
         base: the teacher.
-        own_heads: the draft's head, or one a step; none: the base's.
+        heads: the draft's head, or several; ``None`` among them: the base's, read as it is.
         token_ids: base id of each entry of a reduced draft vocabulary; ``None``: the whole vocabulary.
+        head_of_state: which of several heads reads each of the draft's states; empty: one each.
     """
     head, rows = base.head_weight(), None
-    own: Tensor | tuple[Tensor, ...] = head
-    if own_heads:
-        own = own_heads[0].weight if len(own_heads) == 1 else tuple(each.weight for each in own_heads)
-        first = own_heads[0]
+    weights = tuple(head if each is None else each.weight for each in heads)
+    own = [each for each in heads if each is not None]
+    if own:
+        first = own[0]
         if base.tp.size > 1 and (token_ids is not None or first.weight.shape != head.shape):
             # The base's rows of these entries lie on other ranks.
             ids = torch.arange(first.vocab_size, device=head.device) if token_ids is None else token_ids
@@ -45,8 +52,10 @@ def relate_vocabularies(base: Base, own_heads: Sequence[VocabularyHead], token_i
     return Vocabulary(
         teacher_head=head,
         vocab_size=base.architecture.vocab_size,
-        student_head=own,
+        student_head=weights[0] if len(weights) == 1 else weights,
         draft_to_target=token_ids,
         teacher_rows=rows,
         tp=base.tp,
+        frozen_heads=tuple(index for index, each in enumerate(heads) if each is None),
+        head_of_state=tuple(head_of_state),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +48,25 @@ class Terms:
 ENTROPY = Terms()
 
 
+class JudgedState(NamedTuple):
+    """What proposes x[t + 2 + step + head]: the state of a step, read by its own head (0) or by a parallel one."""
+
+    step: int
+    head: int
+
+
+def judged_states(config: EagleConfig) -> list[JudgedState]:
+    """First those of the tokens that are served, in order: each step's own, then the last step's others."""
+    last, num_heads = config.eagle_ttt_steps - 1, config.eagle_architecture_config.parallel_draft_step
+    served = [JudgedState(step, 0) for step in range(last + 1)] + [JudgedState(last, i) for i in range(1, num_heads)]
+    return served + [JudgedState(step, i) for step in range(last) for i in range(1, num_heads)]
+
+
+def num_proposed(config: EagleConfig) -> int:
+    """Tokens that a row proposes: one a step, and the last step's others."""
+    return config.eagle_ttt_steps + config.eagle_architecture_config.parallel_draft_step - 1
+
+
 def stepwise_task(config: EagleConfig, *, starts_linearly: bool, terms: Terms = ENTROPY) -> Task:
     """What training a member of the family takes.
 
@@ -56,13 +76,15 @@ def stepwise_task(config: EagleConfig, *, starts_linearly: bool, terms: Terms = 
         terms: of its loss.
     """
     return Task(
-        num_steps=config.eagle_ttt_steps,
+        num_steps=num_proposed(config),
         aux_layer_ids=config.eagle_architecture_config.eagle_aux_hidden_state_layer_ids,
         mixes_hidden_states=config.eagle_mix_hidden_states,
         reports_accuracy=config.eagle_report_acc,
         draws_noise=config.eagle_feature_noise > 0,
-        regresses_features=terms.regression > 0,
+        num_regressed=config.eagle_ttt_steps if terms.regression > 0 else 0,
         starts_linearly=starts_linearly,
+        trains_base=not config.eagle_freeze_base_model,
+        trains_through_features=config.eagle_train_through_features,
         make_objective=partial(StepwiseObjective, config, terms=terms),
     )
 
@@ -90,15 +112,20 @@ class StepwiseObjective:
         """
         self.config, self.base, self.draft, self.recompute = config, base, draft, recompute
         self.terms = terms
-        heads = draft.own_heads()
-        is_reduced = bool(heads) and heads[0].vocab_size < base.architecture.vocab_size
-        token_ids = draft.head_token_ids() if is_reduced else None
-        self.vocabulary = relate_vocabularies(base, heads, token_ids)
+        further = draft.parallel_draft_heads
+        self.states = judged_states(config)
+        self.num_judged = num_proposed(config)
+        heads = [draft.step_head] if further is None else [draft.step_head, further.lm_head]
+        head, vocab_size = draft.step_head, base.architecture.vocab_size
+        token_ids = draft.head_token_ids() if head is not None and head.vocab_size < vocab_size else None
+        head_of_state = [] if further is None else [min(state.head, 1) for state in self.states]
+        self.vocabulary = relate_vocabularies(base, heads, token_ids, head_of_state=head_of_state)
 
     def __call__(self, batch: Batch, documents: Documents, features: Features) -> LossOutput:
         """Sums over this rank's rows."""
         tp, config = self.base.tp, self.config
-        embeddings = [self.base.embed(token_ids[None]) for token_ids in documents.take(batch.step_token_ids, 1)]
+        step_token_ids = documents.take(batch.step_token_ids[: config.eagle_ttt_steps], 1)
+        embeddings = [self.base.embed(token_ids[None]) for token_ids in step_token_ids]
         outputs = self.draft(
             self._with_noise(features_for(self.draft, features), batch, documents),
             embeddings,
@@ -110,17 +137,26 @@ class StepwiseObjective:
         teacher = teacher_rows(features, documents, tp)
         position = documents.row_index.to(batch.token_ids.device)
         counted = documents.take(batch.counted, 1)
+        ahead = [state.step + state.head for state in self.states]
         entropy = distillation_loss(
-            [tp.enter(output.hidden)[:, 0] for output in outputs],
+            self._read([tp.enter(output.hidden) for output in outputs]),
             teacher,
             position=position,
-            counted=counted,
+            counted=counted[ahead],
             vocabulary=self.vocabulary,
             decay=config.eagle_loss_decay_factor,
             keep_out_of_vocabulary=config.eagle_keep_out_of_vocabulary,
-            labels=None if config.eagle_self_logit_distillation else documents.take(batch.labels, 1),
+            labels=None if config.eagle_self_logit_distillation else documents.take(batch.labels, 1)[ahead],
+            ahead=ahead,
+            num_judged=self.num_judged,
         )
-        return self._with_regression(entropy, outputs, teacher, position, counted)
+        return self._with_regression(entropy, outputs, teacher, position, counted[: len(outputs)])
+
+    def _read(self, by_step: Sequence[Tensor]) -> list[Tensor]:
+        """What the heads read for each of the judged states, from that of each step; [s, 1, h] -> [s, h]."""
+        further = self.draft.parallel_draft_heads
+        by_head = [[hidden, *(further.states(hidden) if further is not None else ())] for hidden in by_step]
+        return [by_head[state.step][state.head][:, 0] for state in self.states]
 
     def _with_regression(
         self,

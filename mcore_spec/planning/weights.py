@@ -130,6 +130,15 @@ def draft_sizes(config: EagleConfig, shape: ModelShape, layout: PlannedLayout) -
     """
     if config.algorithm != "eagle3":
         raise UnsupportedError(f"{config.algorithm}: only the training of EAGLE-3 drafts is planned; choose eagle3")
+    if not config.eagle_freeze_base_model:
+        raise UnsupportedError(
+            "eagle_freeze_base_model = false: gradients and activations of a base that is trained too are not planned"
+        )
+    if config.eagle_architecture_config.parallel_draft_step > 1:
+        raise UnsupportedError(
+            f"parallel_draft_step = {config.eagle_architecture_config.parallel_draft_step}: parallel heads are not "
+            "planned"
+        )
     draft, base, tensor = config.eagle_architecture_config, shape.architecture, layout.tensor
     num_aux = len(draft.eagle_aux_hidden_state_layer_ids)
     sizes = {

@@ -1,4 +1,4 @@
-"""megatron-core's optimizer over the draft's parameters: gradients summed over ranks, clipped, checkpointed.
+"""megatron-core's optimizer over what is trained: gradients summed over ranks, clipped, checkpointed.
 
 Gradients are sums over tokens. They are added over the micro-batches in megatron-core's buffers, over the
 data- and context-parallel ranks by its `DistributedDataParallel`, and divided once by the number of tokens
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import (
     OptimizerConfig,
@@ -73,7 +73,8 @@ def _overrides(
         key, factor = _matrices("fc", lambda parameter: parameter is projection), 1 / feature_size
     else:
         heads = {id(head.weight) for head in draft.own_heads()}
-        key = _matrices("matrices of the draft", lambda parameter: parameter.dim() > 1 and id(parameter) not in heads)
+        matrices = {id(parameter) for parameter in draft.parameters() if parameter.dim() > 1} - heads
+        key = _matrices("matrices of the draft", lambda parameter: id(parameter) in matrices)
         factor = REFERENCE_WIDTH / model.config.hidden_size
     overrides[key] = ParamGroupOverride(max_lr=factor * config.lr, min_lr=factor * config.min_lr)
     return overrides
@@ -84,7 +85,7 @@ def _matrices(name: str, is_meant: Callable[[nn.Parameter], bool]) -> ParamKey:
 
 
 class DraftOptimizer:
-    """AdamW on this rank's trainable parameters, of which all but the last pipeline stage have none."""
+    """AdamW on this rank's trainable parameters; with a frozen base all but the last pipeline stage have none."""
 
     def __init__(
         self, model: GPTModel, config: TrainingConfig, *, num_iterations: int, feature_size: float | None = None
@@ -153,7 +154,8 @@ class DraftOptimizer:
         Args:
             num_rows: over which the loss was summed, on all ranks and micro-batches.
         """
-        self.ddp.finish_grad_sync()
+        # Of a base that is trained too also norms under sequence parallelism, and embeddings that two stages share.
+        finalize_model_grads([self.ddp])
         self.ddp.scale_gradients(1.0 / max(num_rows, 1))
 
     def step(self) -> StepResult:
@@ -204,17 +206,19 @@ class DraftOptimizer:
         """
         if self.is_distributed:
             nested = self._distributed_state(model_state, is_loading=is_loading)
-            return {entry.key: entry for entries in nested.values() for entry in entries.values()}
-        by_parameter = {id(entry.data): entry for entry in model_state.values() if isinstance(entry.data, nn.Parameter)}
+            return {f"{i}.{name}": entry for i, entries in nested.items() for name, entry in entries.items()}
+        names = _names_of_parameters(model_state)
         state: dict[str, Any] = {}
         for parameter, main in self._parameters():
-            entry = by_parameter[id(parameter)]
+            name_of_model = names[id(parameter)]
+            entry = model_state[name_of_model]
             tensors = {name: self._moments(main)[name] for name in _MOMENTS}
             if main is not parameter:
                 tensors["fp32_param"] = main
             for name, tensor in tensors.items():
                 prefix = f"optimizer.state.{name}"
-                state[f"{prefix}.{entry.key}"] = make_sharded_optimizer_tensor(entry, tensor, prefix=prefix)
+                # Layers of a base share one key, of which each is a part.
+                state[f"{prefix}.{name_of_model}"] = make_sharded_optimizer_tensor(entry, tensor, prefix=prefix)
         return state
 
     def load_sharded_state(self, model_state: dict[str, Any], loaded: dict[str, Tensor], *, num_steps: int) -> None:
@@ -227,16 +231,16 @@ class DraftOptimizer:
         """
         if self.is_distributed:
             nested = self._distributed_state(model_state, is_loading=True)
-            tensors = {i: {name: loaded[each.key] for name, each in entries.items()} for i, entries in nested.items()}
+            tensors = {i: {name: loaded[f"{i}.{name}"] for name in entries} for i, entries in nested.items()}
             self._only.load_parameter_state_from_fully_reshardable(tensors)
         else:
-            by_parameter = {id(entry.data): entry for entry in model_state.values()}
+            names = _names_of_parameters(model_state)
             for parameter, main in self._parameters():
-                key = by_parameter[id(parameter)].key
+                name_of_model = names[id(parameter)]
                 for name in _MOMENTS:
-                    self._moments(main)[name].copy_(loaded[f"optimizer.state.{name}.{key}"])
+                    self._moments(main)[name].copy_(loaded[f"optimizer.state.{name}.{name_of_model}"])
                 if main is not parameter:
-                    main.data.copy_(loaded[f"optimizer.state.fp32_param.{key}"])
+                    main.data.copy_(loaded[f"optimizer.state.fp32_param.{name_of_model}"])
         self.num_steps = num_steps
         self._set_step(num_steps)
 
@@ -280,3 +284,8 @@ class DraftOptimizer:
             if name not in state:
                 state[name] = torch.zeros_like(main)
         return state
+
+
+def _names_of_parameters(model_state: dict[str, Any]) -> dict[int, str]:
+    """Where the model's sharded state holds each parameter, by its identity."""
+    return {id(entry.data): name for name, entry in model_state.items() if isinstance(entry.data, nn.Parameter)}

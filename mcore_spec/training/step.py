@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from mcore_spec.bases.features import Features, features_for
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.record import CheckpointRecord
-from mcore_spec.conversion import conversion_of, find_algorithm
+from mcore_spec.conversion import conversion_of, find_algorithm, reads_tokens
 from mcore_spec.data.batch import Batch
 from mcore_spec.drafts.draft import Draft
-from mcore_spec.errors import ConfigError
+from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.losses.outcome import LossOutput
+from mcore_spec.objectives.language_model import with_language_model
 from mcore_spec.objectives.objective import Objective, Task
 from mcore_spec.objectives.rows import teacher_rows
 from mcore_spec.parallel.collectives import Group, gather_without_grad
@@ -52,7 +53,7 @@ class DraftStep:
 
         Raises:
             ConfigError: a model without a draft.
-            UnsupportedError: a draft or an option whose training is not built.
+            UnsupportedError: a draft or an option whose training is not built, or a base that cannot be trained too.
         """
         conversion = conversion_of(model)
         if conversion is None:
@@ -61,9 +62,15 @@ class DraftStep:
         self.base = MegatronBase(model)
         self.context_group: Group = model.pg_collection.cp
         self.draft = self.base.draft()
+        self.recompute = recompute
         self.objective: Objective | None = None
+        self._make_objective()
+        if self.task.trains_base and self.base.architecture.num_experts is not None:
+            raise UnsupportedError(
+                f"eagle_freeze_base_model = false on a base with {self.base.architecture.num_experts} experts: the "
+                "balance of its routers is not trained here; keep it frozen"
+            )
         if self.draft is not None:
-            self.objective = self.task.make_objective(self.base, self.draft, recompute=recompute)
             _mark_shards(self.draft)
 
     @property
@@ -86,13 +93,48 @@ class DraftStep:
     def __call__(self, batch: Batch) -> LossOutput | None:
         """Sums over the batch's rows on this context-parallel rank; ``None`` on all but the last stage.
 
-        Every rank of the model must call with the same batch.
+        Every rank of the model must call with the same batch. The base runs without autograd: where it is trained too,
+        this is for validation, and `run_stage` for training.
         """
+        assert not (self.task.trains_base and torch.is_grad_enabled()), "a base that is trained runs by run_stage"
         documents, features = self._run_base(batch)
-        if features is None:
-            return None
+        return None if features is None else self._judge(batch, documents, features)
+
+    def run_stage(self, batch: Batch) -> LossOutput | Tensor:
+        """This stage's part of the training of both, under megatron-core's schedule.
+
+        The schedule has handed what the stage before returned to the model (``set_input_tensor``).
+
+        Returns:
+            The sums on the last stage; on others what the next one needs.
+        """
+        documents = self._documents(batch)
+        output = self.base.run_stage(
+            batch.token_ids[None],
+            self.base.model.decoder.input_tensor,
+            aux_layer_ids=self.task.aux_layer_ids,
+            documents=documents,
+        )
+        return self._judge(batch, documents, output) if isinstance(output, Features) else output
+
+    def follow_base(self) -> None:
+        """Take anew what was made from weights of the base; behind each of its updates, on every rank of the model."""
+        if not self.task.trains_base:
+            return
+        if reads_tokens(self.base.model):
+            self.base.copy_embedding_to_last_stage()
+        self._make_objective()
+
+    def _make_objective(self) -> None:
+        if self.draft is not None:
+            self.objective = self.task.make_objective(self.base, self.draft, recompute=self.recompute)
+
+    def _judge(self, batch: Batch, documents: Documents, features: Features) -> LossOutput:
+        """The draft's loss on the features, and the base's own where it is trained."""
         assert self.objective is not None
-        return self.objective(batch, documents, features)
+        task = self.task
+        outcome = self.objective(batch, documents, features if task.trains_through_features else features.detached())
+        return with_language_model(outcome, self.base, batch, documents, features) if task.trains_base else outcome
 
     @torch.no_grad()
     def linear_rows(self, batch: Batch) -> LinearRows | None:
@@ -111,9 +153,12 @@ class DraftStep:
 
     def _run_base(self, batch: Batch) -> BaseRun:
         """Every stage of the model takes part."""
-        documents = Documents(batch.bounds, lengths=batch.lengths, group=self.context_group)
+        documents = self._documents(batch)
         features = self.base.features(batch.token_ids[None], aux_layer_ids=self.task.aux_layer_ids, documents=documents)
         return BaseRun(documents, features)
+
+    def _documents(self, batch: Batch) -> Documents:
+        return Documents(batch.bounds, lengths=batch.lengths, group=self.context_group)
 
 
 def check_trainable(record: CheckpointRecord) -> Task:

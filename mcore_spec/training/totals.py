@@ -18,19 +18,27 @@ class Totals:
 
     Attributes:
         sums: float64 [4 K + 3]: for each TTT step loss, rows in the loss, judged rows and correct rows; then the
-            decayed loss, the accepted tokens, and the tokens that went in. Where the loss measures the draft's states,
-            [5 K + 3]: their distance for each step behind that. One vector, so that one collective adds it.
+            decayed loss, the accepted tokens, and the tokens that went in. Behind that, where the loss measures the
+            draft's states, their distance for each such step; and where the base is trained too, its own loss and the
+            tokens of that [2]. One vector, so that one collective adds it.
         num_steps: TTT steps, K.
+        num_regressed: steps whose states the loss measures.
+        trains_base: whether the base is trained too.
     """
 
     sums: Tensor
     num_steps: int
+    num_regressed: int = 0
+    trains_base: bool = False
 
     @classmethod
-    def zeros(cls, num_steps: int, *, device: torch.device, regresses_features: bool = False) -> Totals:
+    def zeros(
+        cls, num_steps: int, *, device: torch.device, num_regressed: int = 0, trains_base: bool = False
+    ) -> Totals:
         """Nothing counted yet."""
-        num_sums = (5 if regresses_features else 4) * num_steps + 3
-        return cls(torch.zeros(num_sums, dtype=torch.float64, device=device), num_steps)
+        num_sums = 4 * num_steps + 3 + num_regressed + (2 if trains_base else 0)
+        sums = torch.zeros(num_sums, dtype=torch.float64, device=device)
+        return cls(sums, num_steps, num_regressed, trains_base)
 
     def add(self, output: LossOutput, *, num_tokens: int) -> None:
         """Count one micro-batch of `num_tokens` tokens."""
@@ -39,6 +47,8 @@ class Totals:
         parts += [scalars, scalars.new_tensor([num_tokens])]
         if output.regression_by_step is not None:
             parts.append(output.regression_by_step)
+        if output.language_model is not None:
+            parts.append(output.language_model)
         self.sums += torch.cat([part.double() for part in parts])
 
     def add_totals(self, other: Totals) -> None:
@@ -73,18 +83,18 @@ class Totals:
         loss_sums, rows, judged, correct = self.sums[: 4 * steps].view(4, steps)
         loss, accepted, _ = self.sums[4 * steps : 4 * steps + 3].tolist()
         # Every counted row has a distance, none is dropped for its token.
-        distances = self.sums[4 * steps + 3 :] / judged.clamp(min=1) if self._regresses else None
+        rest = self.sums[4 * steps + 3 :]
+        measured = self.num_regressed
+        distances = rest[:measured] / judged[:measured].clamp(min=1) if measured else None
+        language_model = rest[-2:].tolist() if self.trains_base else None
         return Means(
             loss=loss / max(float(judged[0]), 1.0),
             loss_by_step=(loss_sums / rows.clamp(min=1)).tolist(),
             accuracy=(correct / judged.clamp(min=1)).tolist(),
             simulated_acceptance_length=1.0 + accepted / max(float(judged[0]), 1.0),
             regression_by_step=None if distances is None else distances.tolist(),
+            lm_loss=None if language_model is None else language_model[0] / max(language_model[1], 1.0),
         )
-
-    @property
-    def _regresses(self) -> bool:
-        return self.sums.shape[0] > 4 * self.num_steps + 3
 
 
 @dataclass(frozen=True)
@@ -92,11 +102,13 @@ class Means:
     """Averages over rows.
 
     Attributes:
-        loss: sum over steps of decay^k times the loss of its rows, a counted row of step 0.
+        loss: sum over steps of decay^k times the loss of its rows, a counted row of step 0; where the base is trained
+            too, and its own.
         loss_by_step: mean loss of each TTT step's rows, in nats.
         accuracy: fraction of each step's rows on which the draft's best token is the base's.
         simulated_acceptance_length: 1 + accepted tokens of a row, were the data what the base would say.
         regression_by_step: mean distance of the draft's states from the base's; ``None`` where the loss has none.
+        lm_loss: mean loss of the base on the tokens that it has to produce; ``None`` where it is frozen.
     """
 
     loss: float
@@ -104,6 +116,7 @@ class Means:
     accuracy: list[float]
     simulated_acceptance_length: float
     regression_by_step: list[float] | None = None
+    lm_loss: float | None = None
 
     def figures(self, *, with_accuracy: bool = True) -> dict[str, Any]:
         """By name, for the log; without what this draft has not."""

@@ -17,11 +17,13 @@ from mcore_spec.config import TrainingConfig
 from mcore_spec.data.batch import Batch
 from mcore_spec.data.document import Document
 from mcore_spec.errors import CheckpointError, ConfigError, TrainingError
+from mcore_spec.losses.outcome import LossOutput
 from mcore_spec.parallel.layout import is_rank_zero, run_on_every_rank
 from mcore_spec.training.acceptance import AcceptanceCheck
 from mcore_spec.training.linear_start import check_linear_start, fit_linear_start
 from mcore_spec.training.log import VALIDATION, Entry, Logger, ProgressBar
 from mcore_spec.training.optimizer import DraftOptimizer, StepResult
+from mcore_spec.training.pipeline import accumulate
 from mcore_spec.training.signals import StoppedEarly, StopRequest, stop_on_signal
 from mcore_spec.training.step import DraftStep
 from mcore_spec.training.totals import Means, Totals
@@ -239,6 +241,7 @@ class Trainer:
         totals = self._accumulate(self.data.train, progress.iteration, with_grad=True)
         self.optimizer.reduce_gradients(num_rows=totals.num_rows)
         result = self.optimizer.step()
+        self.step.follow_base()
         progress.iteration += 1
         progress.consumed_samples += self.global_batch_size
         progress.consumed_tokens += totals.num_tokens
@@ -256,14 +259,21 @@ class Trainer:
     def _accumulate(self, batches: Batches, index: int, *, with_grad: bool) -> Totals:
         """Losses, and gradients, of one global batch; the same totals on every rank."""
         totals = self._nothing()
-        for batch in batches.micro_batches(index):
-            with torch.set_grad_enabled(with_grad):
-                output = self.step(batch.to(self.device))
-            if output is None:
-                continue
+
+        def count(output: LossOutput, batch: Batch) -> None:
             totals.add(output, num_tokens=batch.num_tokens if self._counts_tokens else 0)
-            if with_grad:
-                output.loss.backward()
+
+        if with_grad and self.step.task.trains_base:
+            accumulate(self.step, self.optimizer.ddp, list(batches.micro_batches(index)), count)
+        else:
+            for batch in batches.micro_batches(index):
+                with torch.set_grad_enabled(with_grad):
+                    output = self.step(batch.to(self.device))
+                if output is None:
+                    continue
+                count(output, batch)
+                if with_grad:
+                    output.loss.backward()
         groups = self.model.pg_collection
         totals.reduce(data_group=groups.dp_cp, pipeline_group=groups.pp)
         return totals
@@ -273,7 +283,12 @@ class Trainer:
 
     def _nothing(self) -> Totals:
         task = self.step.task
-        return Totals.zeros(task.num_steps, device=self.device, regresses_features=task.regresses_features)
+        return Totals.zeros(
+            task.num_steps,
+            device=self.device,
+            num_regressed=task.num_regressed,
+            trains_base=task.trains_base,
+        )
 
     def evaluate(self) -> Means | None:
         """Figures on the validation batches; ``None`` where there are none."""

@@ -12,7 +12,16 @@ from mcore_spec.config.base import HF_FAMILIES
 from mcore_spec.errors import ConfigError
 from mcore_spec.weights.families import hf_family
 
-__all__ = ["TOKENIZER_FILES", "describe_hf", "locate", "read_hf_config", "to_hf_config"]
+__all__ = [
+    "MIMO_LAYERS",
+    "TOKENIZER_FILES",
+    "describe_hf",
+    "locate",
+    "mtp_names",
+    "read_hf_config",
+    "to_hf_config",
+    "without_mtp",
+]
 
 # Files beside the weights that a checkpoint carries along, so that training and export need no source.
 TOKENIZER_FILES = (
@@ -26,6 +35,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# Of the layers that MiMo's models have beside those of a Qwen2 model.
+MIMO_LAYERS = "model.mtp_layers."
 HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES)
 
 
@@ -73,6 +84,24 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}; it must hold an object")
     return raw
+
+
+def without_mtp(raw: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of MiMo's as that of the Qwen2 model that it is without its layers for multi-token prediction.
+
+    Others are given back as they are.
+    """
+    if not mtp_names(raw):
+        return raw
+    # Biases on q, k and v are what Qwen2 has; the code that comes with the model is not run.
+    left_out = ("attention_bias", "auto_map", "num_nextn_predict_layers")
+    plain = {name: value for name, value in raw.items() if name not in left_out}
+    return {**plain, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+
+
+def mtp_names(raw: dict[str, Any]) -> tuple[str, ...]:
+    """Beginnings of the names of a base's own multi-token-prediction tensors; none where it has none."""
+    return (MIMO_LAYERS,) if "MiMoForCausalLM" in (raw.get("architectures") or []) else ()
 
 
 def to_hf_config(base: BaseArchitecture) -> dict[str, Any]:

@@ -33,6 +33,8 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SAMPLE_BYTES = 256
+# A draft's tensors, where they lie among those of its base.
+BESIDE_BASE_NAME = "draft.safetensors"
 
 
 class TensorInfo(NamedTuple):
@@ -48,13 +50,16 @@ class TensorInfo(NamedTuple):
 class WeightDirectory:
     """The tensors of a Hugging Face directory: a single file, or several with an index."""
 
-    def __init__(self, directory: Path, *, below: str = "", without: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, directory: Path, *, below: str = "", without: tuple[str, ...] = (), beside: str | None = None
+    ) -> None:
         """Read and check every header; no data is read.
 
         Args:
             directory: holds ``model.safetensors`` or ``model.safetensors.index.json``.
             below: take the tensors whose names begin so alone, under the rest of their names.
             without: beginnings of names that are left out.
+            beside: a further file that is read where it is there and no index lists the files.
 
         Raises:
             CheckpointError: a missing, truncated or damaged file.
@@ -62,6 +67,7 @@ class WeightDirectory:
         self.directory = directory
         self.tensors: dict[str, TensorInfo] = {}
         self._open: dict[Path, Any] = {}
+        self._beside = beside
         for path in self._files():
             self.tensors.update(read_header(path))
         self._below = below
@@ -77,7 +83,8 @@ class WeightDirectory:
                     f"{self.directory} has neither {SINGLE_NAME} nor {INDEX_NAME}; "
                     "save the model with save_pretrained (safetensors)"
                 )
-            return [single]
+            further = [] if self._beside is None else [self.directory / self._beside]
+            return [single, *(path for path in further if path.exists())]
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             missing = [name for name in names if not (self.directory / name).exists()]

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mcore_spec.config import EagleAlgorithm
+from mcore_spec.weights.safetensors_io import WeightDirectory
 from tests.e2e.conftest import Run, check_refused
 from tests.e2e.test_finetune import log_of, words
+from tests.tiny import write_hf_model
 
 pytestmark = pytest.mark.e2e
 ARCHITECTURES = {"eagle1": "LlamaForCausalLM", "eagle-mtp": "EagleMTPModel"}
@@ -74,7 +77,51 @@ def test_what_these_drafts_do_not_have(run: Run, base: Path, data: Path, tmp_pat
     reusing = convert(run, base, tmp_path / "converted", "eagle-mtp", eagle_reuse_base_decoder=True)
     done = run("finetune", *words(reusing, data, tmp_path / "save", "--train-iters", 1, "--fit-start", 1))
     check_refused(done, "fit_start = 1: this draft has no such start", "leave it at 0")
-    unfrozen = convert(run, base, tmp_path / "unfrozen", "eagle1", eagle_freeze_base_model=False)
-    done = run("finetune", *words(unfrozen, data, tmp_path / "save", "--train-iters", 1))
-    check_refused(done, "eagle_freeze_base_model = false: training the base too is not built yet")
     assert not (tmp_path / "save").exists()
+
+
+def test_a_base_that_is_trained_with_its_draft(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
+    converted, save = tmp_path / "converted", tmp_path / "trained"
+    convert(run, base, converted, "eagle1", eagle_freeze_base_model=False)
+    done = run("finetune", *words(converted, data, save, "--train-iters", 3))
+    assert done.code == 0, done.err
+    own = [entry["lm_loss"] for entry in log_of(save) if "lm_loss" in entry]
+    assert len(own) == 3
+    assert own[-1] < own[0]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Name three colours.\nSay hello.\n")
+    asked = ("--prompts-path", prompts, "--steps", 2, "--osl", 8)
+    done = run("validate", "--load", save, *asked, "--output", tmp_path / "first.json")
+    assert done.code == 0, done.err
+    both = tmp_path / "both"
+    done = run("export", "--load", save, "--export-dir", both)
+    assert done.code == 0, done.err
+    with WeightDirectory(base) as before, WeightDirectory(both) as after:
+        assert before.tensors.keys() == after.tensors.keys()
+        for name in before.tensors:
+            assert not torch.equal(before.read(name), after.read(name).to(before.tensors[name].dtype)), name
+    # The base that it was made from is not the one to serve it with.
+    assert str(base) not in (both / "draft" / "README.md").read_text()
+    done = run("validate", "--base", both, "--draft", both / "draft", *asked, "--output", tmp_path / "second.json")
+    assert done.code == 0, done.err
+    first, second = (json.loads((tmp_path / name).read_text()) for name in ("first.json", "second.json"))
+    assert first["lossless"] and second["lossless"]
+    assert first["acceptance_length"] == second["acceptance_length"]
+
+
+def test_a_draft_that_starts_as_the_layer_of_its_base(run: Run, tmp_path: Path) -> None:
+    base = write_hf_model(tmp_path / "base", "qwen2", tied=False, dtype=torch.float32)
+    convert(run, base, tmp_path / "first", "eagle-mtp")
+    done = run("export", "--load", tmp_path / "first", "--export-dir", tmp_path / "mimo", "--export-format", "mimo")
+    assert done.code == 0, done.err
+    chosen = ("--export-algorithm", "eagle", "--export-eagle-algorithm", "eagle-mtp", "--draft-init", "mtp")
+    done = run("convert", "--pretrained-model-path", base, *chosen, "--save", tmp_path / "refused")
+    check_refused(done, "is no base with a layer for multi-token prediction", "choose draft_init = random")
+    source = ("--pretrained-model-path", tmp_path / "mimo")
+    done = run("convert", *source, *chosen, "--seed", 7, "--save", tmp_path / "second")
+    assert done.code == 0, done.err
+    done = run("export", "--load", tmp_path / "second", "--export-dir", tmp_path / "again", "--export-format", "mimo")
+    assert done.code == 0, done.err
+    for name in ("model.safetensors", "draft.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "mimo" / name).read_bytes()
+    assert not (tmp_path / "refused").exists()

@@ -46,6 +46,16 @@ DRAFTS: dict[str, tuple[str, Any, Any]] = {
     "eagle1": ("llama", _eagle(use_input_layernorm_in_first_layer=False), None),
     "eagle-mtp": ("qwen3", _eagle(use_mtp_layernorm=True, use_last_layernorm=True), None),
     "medusa": ("llama", [("medusa", {"medusa_num_heads": 3})], None),
+    "eagle3, reduced vocabulary, three tokens a step": (
+        "llama",
+        _eagle(**EAGLE3, parallel_draft_step=3, parallel_draft_heads_num_layers=2),
+        D2T,
+    ),
+    "eagle1, two tokens a step": (
+        "llama",
+        _eagle(use_input_layernorm_in_first_layer=False, parallel_draft_step=2),
+        None,
+    ),
 }
 LAYOUTS = {
     "TP2": (Layout(tensor=2), 2),

@@ -111,7 +111,7 @@ def test_gradients_equal_the_reference(
         assert result.keys() == set(names)
         for case in names:
             wanted = expected[case]
-            check_step(f"rank {rank}, {case}", result[case], wanted.objective, wanted.weights, num_steps=NUM_STEPS)
+            check_step(f"rank {rank}, {case}", result[case], wanted.objective, wanted.weights)
 
 
 def test_the_documents_hold_what_the_cases_need() -> None:

@@ -47,6 +47,8 @@ class Case(NamedTuple):
         member: of the EAGLE family.
         noise: on the features.
         detaches: the states that steps hand on.
+        trains_base: too, for the next token.
+        through_features: the draft's gradient flows into the base.
     """
 
     architecture: dict[str, Any]
@@ -60,6 +62,8 @@ class Case(NamedTuple):
     member: EagleAlgorithm = "eagle3"
     noise: float = 0.0
     detaches: bool = False
+    trains_base: bool = False
+    through_features: bool = False
 
 
 CASES = {
@@ -75,6 +79,7 @@ CASES = {
     "padded": Case({}, cut=((0, 6), (1, 2), (3, 4), (5,)), has_d2t=True, pad_to=16),
     "detached": Case({"num_hidden_layers": 2}, has_d2t=True, detaches=True),
     "all rows kept": Case({}, has_d2t=True, keeps_all=True),
+    "parallel heads": Case({"parallel_draft_step": 3, "parallel_draft_heads_num_layers": 2}, has_d2t=True),
 }
 LENGTHS = (9, 2, 14, 1, 7, 12, 5)
 
@@ -111,9 +116,10 @@ def replaced_rows(number: int) -> list[list[bool]]:
     return batch.replaced.tolist()
 
 
-def converted(directory: Path, layout: Layout, case: Case) -> GPTModel:
+def converted(directory: Path, layout: Layout, case: Case, *, favours: bool = True) -> GPTModel:
     model = import_base(directory, layout).model
-    _favour_a_token(MegatronBase(model))
+    if favours:
+        _favour_a_token(MegatronBase(model))
     config = {
         "eagle_ttt_steps": NUM_STEPS,
         "eagle_loss_decay_factor": DECAY,
@@ -122,6 +128,8 @@ def converted(directory: Path, layout: Layout, case: Case) -> GPTModel:
         "eagle_keep_out_of_vocabulary": case.keeps_all,
         "eagle_feature_noise": case.noise,
         "eagle_detach_states": case.detaches,
+        "eagle_freeze_base_model": not case.trains_base,
+        "eagle_train_through_features": case.through_features,
         "eagle_architecture_config": {
             **eagle_preset(case.member)["config"]["eagle_architecture_config"],
             **case.architecture,
@@ -156,7 +164,7 @@ def batches(model: GPTModel, step: DraftStep, case: Case) -> Iterator[Batch]:
             [every[index] for index in cut] or [empty],
             mixing=[mixing_state(index) for index in cut or (4,)] if case.mixes_states else None,
             noise_keys=[noise_key(index) for index in cut or (4,)] if case.noise else None,
-            num_steps=NUM_STEPS,
+            num_steps=step.num_steps,
             document_multiple=step.document_multiple,
             row_multiple=step.row_multiple,
             num_samples=1,
@@ -177,9 +185,7 @@ def gradients(
             step = DraftStep(model, recompute=case.recompute)
             optimizer = DraftOptimizer(model, TrainingConfig(data_path=("x",), train_iters=1), num_iterations=1)
             optimizer.zero_grad()
-            totals = Totals.zeros(
-                NUM_STEPS, device=torch.device("cpu"), regresses_features=step.task.regresses_features
-            )
+            totals = Totals.zeros(step.num_steps, device=torch.device("cpu"), num_regressed=step.task.num_regressed)
             for batch in batches(model, step, case):
                 output = step(batch)
                 if output is not None:

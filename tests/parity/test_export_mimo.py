@@ -16,6 +16,7 @@ from mcore_spec.config import EagleConfig, eagle_preset
 from mcore_spec.drafts.resolve import resolve_eagle
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.parallel.layout import Layout
+from mcore_spec.weights.hf_config import describe_hf, without_mtp
 from tests.parity.export_cases import CHAIN
 from tests.parity.hf_models import randomise
 from tests.pool import RankPool
@@ -177,3 +178,37 @@ def test_other_bases_have_no_such_layout(rank_pool: RankPool, tmp_path: Path) ->
     (result,) = export(rank_pool, base, tmp_path / "out", Layout(), is_refused=True)
     assert result.startswith(UnsupportedError.__name__)
     assert "with a base of the family qwen3" in result
+
+
+def test_a_draft_starts_as_the_layer_that_its_base_has(
+    rank_pool: RankPool, base_directory: Path, tmp_path: Path
+) -> None:
+    export(rank_pool, base_directory, tmp_path / "mimo", Layout())
+    raw = json.loads((tmp_path / "mimo" / "config.json").read_text())
+    plain = without_mtp({**raw, "attention_bias": True, "auto_map": {"AutoConfig": "x"}, "model_type": "mimo"})
+    given = json.loads((base_directory / "config.json").read_text())
+    assert describe_hf(plain, where="x") == describe_hf(given, where="x")
+    tensors = load_file(tmp_path / "mimo" / "draft.safetensors")
+    inner = {f"{theirs}.weight": f"{ours}.weight" for ours, theirs in OUTER.items()}
+    expected = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+    expected = {inner.get(name, f"layers.0.{name}"): tensor for name, tensor in expected.items()}
+    for layout in LAYOUTS.values():
+        found = rank_pool.run(
+            f"{CASES}:start_as_mtp",
+            world_size=layout.tensor * layout.pipeline,
+            base_directory=base_directory,
+            directory=tmp_path / "mimo",
+            layout=layout,
+        )
+        assert found[-1].keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[-1][name], tensor), name
+    for result in rank_pool.run(
+        f"{CASES}:start_as_mtp",
+        world_size=2,
+        base_directory=base_directory,
+        directory=tmp_path / "mimo",
+        layout=Layout(tensor=2),
+        architecture={"intermediate_size": 64},
+    ):
+        assert "is not one layer of this draft's sizes: 0.mlp.down_proj.weight, 0.mlp.gate_proj.weight" in result

@@ -107,6 +107,19 @@ def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
     return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
 
+def parallel_heads(weights: Weights, hidden: Tensor) -> list[Tensor]:
+    """Logits of the heads beside a step's own, which read the same `hidden` [..., h]; none without their weights."""
+    found: list[Tensor] = []
+    prefix = "parallel_draft_heads"
+    while f"{prefix}.medusa_heads.{len(found)}.0.linear.weight" in weights:
+        z, block = hidden, 0
+        while f"{prefix}.medusa_heads.{len(found)}.{block}.linear.weight" in weights:
+            z = z + F.silu(linear(weights, f"{prefix}.medusa_heads.{len(found)}.{block}.linear", z))
+            block += 1
+        found.append(F.linear(z, weights[f"{prefix}.lm_head.weight"]))
+    return found
+
+
 def rms_norm(weights: Weights, shape: Shape, name: str, x: Tensor) -> Tensor:
     """RMSNorm in the dtype of `x`. (transformers computes it in float32, whatever the input.)"""
     return weights[f"{name}.weight"] * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + shape.eps)

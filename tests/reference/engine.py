@@ -82,6 +82,8 @@ class Proposal(NamedTuple):
     """[b, v] over the draft vocabulary."""
     token_ids: Tensor
     """[b], ids of the base."""
+    hidden: Tensor | None = None
+    """[b, h], what the head read, where a step made it."""
 
 
 class Engine(Protocol):
@@ -107,6 +109,7 @@ def load(directory: Path, base: Base) -> Engine:
         "LlamaForCausalLM": Eagle1,
         "EagleMTPModel": EagleMTP,
         "MedusaModel": Medusa,
+        "EagleParallelDraftModel": ParallelDraft,
     }
     return kinds[architecture](config, tensors, base)
 
@@ -296,6 +299,49 @@ class EagleMTP:
         return _chain(step, base, features, token_ids, num_tokens, num_layers=self.shape.num_layers)
 
 
+class ParallelDraft:
+    """ModelOpt's names: a draft of another kind, and heads that propose further tokens from its last step."""
+
+    def __init__(self, config: dict[str, Any], tensors: Weights, base: Base) -> None:
+        prefix = "parallel_draft_heads."
+        kinds = {"LlamaForCausalLMEagle3": Eagle3, "LlamaForCausalLM": Eagle1, "EagleMTPModel": EagleMTP}
+        (kind,) = config["draft_architectures"]
+        rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+        self.draft: Engine = kinds[kind](config, rest, base)
+        self.heads = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        hidden = config["hidden_size"]
+        vocab_size = config.get("draft_vocab_size", config["vocab_size"])
+        expected: dict[str, tuple[int, ...]] = {f"{prefix}lm_head.weight": (vocab_size, hidden)}
+        self.num_heads = config["parallel_draft_step"] - 1
+        self.num_layers = config["parallel_draft_heads_num_layers"]
+        for head in range(self.num_heads):
+            for layer in range(self.num_layers):
+                name = f"{prefix}{head}.medusa_layers.{layer}.linear"
+                expected |= {f"{name}.weight": (hidden, hidden), f"{name}.bias": (hidden,)}
+        check_tensors(self.heads, expected)
+        self.d2t = tensors.get("d2t")
+
+    def features(self, base: Base, token_ids: Tensor) -> Tensor:
+        return self.draft.features(base, token_ids)
+
+    def logits(self, features: Tensor, embeddings: list[Tensor]) -> list[Tensor]:
+        return self.draft.logits(features, embeddings)
+
+    def propose(self, base: Base, features: Tensor, token_ids: Tensor, num_tokens: int) -> list[Proposal]:
+        proposals = self.draft.propose(base, features, token_ids, max(1, num_tokens - self.num_heads))
+        state = proposals[-1].hidden
+        assert state is not None
+        for head in range(num_tokens - len(proposals)):
+            z = state
+            for layer in range(self.num_layers):
+                name = f"parallel_draft_heads.{head}.medusa_layers.{layer}.linear"
+                z = z + F.silu(F.linear(z, self.heads[f"{name}.weight"], self.heads[f"{name}.bias"]))
+            logits = F.linear(z, self.heads["parallel_draft_heads.lm_head.weight"])
+            draft_ids = logits.argmax(-1)
+            proposals.append(Proposal(logits, draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]))
+        return proposals
+
+
 class Medusa:
     """vLLM's names: `blocks.{head}.layers.{block}` and `lm_heads.{head}`."""
 
@@ -359,5 +405,5 @@ def _chain(
         if position >= last_row:
             draft_ids = output.logits[0].argmax(-1)
             proposed = draft_ids if d2t is None else draft_ids + d2t[draft_ids]
-            proposals.append(Proposal(output.logits[0], proposed))
+            proposals.append(Proposal(output.logits[0], proposed, output.hidden[0]))
     return proposals

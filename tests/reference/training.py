@@ -5,13 +5,14 @@ packed, batched, chunked or sharded. The drafts are `tests.reference.drafts`.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.reference.drafts import Shape, StepOutput, Weights, eagle3, eagle3_mixed
+from tests.reference.drafts import Shape, StepOutput, Weights, eagle3, eagle3_mixed, parallel_heads
 
 
 class Document(NamedTuple):
@@ -81,6 +82,7 @@ def eagle3_objective(
         hard_labels=hard_labels,
         keep_out_of_vocabulary=keep_out_of_vocabulary,
         mixes_states=mixes_states,
+        further=partial(parallel_heads, weights),
     )
 
 
@@ -98,39 +100,47 @@ def objective(
     mixes_states: bool = False,
     entropy_factor: float = 1.0,
     regression_factor: float = 0.0,
+    further: Callable[[Tensor], list[Tensor]] | None = None,
 ) -> Objective:
     """Loss and statistics of one optimizer step of the draft that `run` computes.
 
     A row's loss is its cross-entropy and, where `regression_factor` is not 0, the smooth L1 distance between what the
-    head reads and the base's state at the teacher's position, each times its factor.
+    head reads and the base's state at the teacher's position, each times its factor. `further`: logits of a step's
+    other heads; head i of step k is judged where step k + i is. Served, and so counted, are the steps' own and the last
+    step's others.
     """
     total: Tensor = head.new_zeros(())
-    rows, judged, correct, accepted = [0] * num_steps, [0] * num_steps, [0] * num_steps, 0
     regression = [0.0] * num_steps
     ids = list(range(head.shape[0])) if target_ids is None else target_ids
+    num_further = 0 if further is None else len(further(head[:1]))
+    heads = range(1, num_further + 1)
+    served = [(k, 0) for k in range(num_steps)] + [(num_steps - 1, i) for i in heads]
+    states = served + [(k, i) for k in range(num_steps - 1) for i in heads]
+    rows, judged, correct, accepted = [0] * len(states), [0] * len(states), [0] * len(states), 0
     for document in documents:
         tokens, mask, length = document.token_ids, document.mask, len(document.token_ids)
         inputs = [[tokens[t + 1 + k] if t + 1 + k < length else 0 for t in range(length)] for k in range(num_steps)]
         outputs = run(document, [embedding[torch.tensor(step)][:, None] for step in inputs])
+        logits = [[each.logits, *(further(each.hidden) if further else [])] for each in outputs]
         for t in range(length):
             is_alive = True
-            for k in range(num_steps):
-                target = t + 2 + k
+            for place, (k, i) in enumerate(states):
+                target = t + 2 + k + i
                 if target >= length or not (mask[t + 1] and mask[target]):
                     is_alive = False
                     continue
-                teacher = F.linear(document.last[t + 1 + k], head)
+                teacher = F.linear(document.last[t + 1 + k + i], head)
                 # Mixed, the row that reads x[t+1+k] is row t + k at every step.
                 row = t + k if mixes_states else t
-                student = outputs[k].logits[row, 0]
+                student = logits[k][i][row, 0]
                 best = int(teacher.argmax())
-                judged[k] += 1
+                judged[place] += 1
                 if ids[int(student.argmax())] == best:
-                    correct[k] += 1
-                    accepted += int(is_alive)
+                    correct[place] += 1
+                    accepted += int(is_alive and place < len(served))
                 else:
                     is_alive = False
-                if regression_factor:
+                if regression_factor and i == 0:
                     apart = (outputs[k].hidden[row, 0] - document.last[t + 1 + k]).abs()
                     distance = torch.where(apart < 1, 0.5 * apart**2, apart - 0.5).mean()
                     regression[k] += float(distance.detach())
@@ -145,6 +155,7 @@ def objective(
                         continue
                     p = teacher[torch.tensor(ids)].softmax(0)
                     row_loss = -(p * log_q).sum()
-                rows[k] += 1
-                total = total + decay**k * entropy_factor * row_loss
+                rows[place] += 1
+                total = total + decay ** (k + i) * entropy_factor * row_loss
+    rows, judged, correct = rows[: len(served)], judged[: len(served)], correct[: len(served)]
     return Objective(total / max(judged[0], 1), rows, judged, correct, accepted, regression)

@@ -69,7 +69,11 @@ def test_medusa_errors(values: dict[str, object], message: str) -> None:
         ({"hidden_act": "swish"}, "eagle_architecture_config.hidden_act = 'swish': "),
         ({"attention_dropout": 0.1}, "eagle_architecture_config.attention_dropout = 0.1: "),
         ({"position_embedding_type": "learned"}, "eagle_architecture_config.position_embedding_type = 'learned': "),
-        ({"parallel_draft_step": 2}, "eagle_architecture_config.parallel_draft_step = 2: "),
+        ({"parallel_draft_step": 0}, "eagle_architecture_config.parallel_draft_step = 0: "),
+        (
+            {"parallel_draft_heads_num_layers": 2},
+            "parallel_draft_heads_num_layers = 2 needs parallel_draft_step",
+        ),
         ({"eagle_aux_hidden_state_layer_ids": [3, 1]}, "eagle_aux_hidden_state_layer_ids = [3, 1] must be sorted"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 1]}, "[1, 1] must be sorted and without repetition"),
         ({"use_aux_hidden_state": True, "use_mtp_layernorm": True}, "exclude each other: choose one"),

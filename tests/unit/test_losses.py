@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mcore_spec.errors import ConfigError
-from mcore_spec.losses.fused import HOST_MAX_LOGITS, LossOutput, Vocabulary, distillation_loss
+from mcore_spec.losses.blocks import HOST_MAX_LOGITS
+from mcore_spec.losses.fused import LossOutput, Vocabulary, distillation_loss
 from mcore_spec.losses.reference import distillation_loss_reference
 from mcore_spec.losses.schedule import schedule
 from tests.parallel.loss_cases import (

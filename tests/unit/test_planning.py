@@ -17,7 +17,7 @@ from mcore_spec.config import EagleConfig
 from mcore_spec.config.base import HF_FAMILIES
 from mcore_spec.drafts.resolve import resolve_eagle
 from mcore_spec.errors import ConfigError, UnsupportedError
-from mcore_spec.losses import fused
+from mcore_spec.losses import blocks
 from mcore_spec.planning import activations
 from mcore_spec.planning.activations import TrainingSetup, base_forward, loss_blocks
 from mcore_spec.planning.hardware import GPUS, usable_bytes
@@ -92,8 +92,8 @@ def test_the_stages_hold_the_base_once(name: str, layout: tuple[int, int]) -> No
 
 
 def test_block_sizes_are_those_of_the_loss() -> None:
-    assert activations.HOST_MAX_LOGITS == fused.HOST_MAX_LOGITS
-    assert activations.DEVICE_MAX_LOGITS == fused.DEVICE_MAX_LOGITS
+    assert activations.HOST_MAX_LOGITS == blocks.HOST_MAX_LOGITS
+    assert activations.DEVICE_MAX_LOGITS == blocks.DEVICE_MAX_LOGITS
 
 
 @pytest.mark.parametrize("name", ["t1024-k3", "t512-k7", "t1024-k3-v8192"])
