@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 StatesDtype = Literal["float64", "float32", "bfloat16", "float8_e4m3fn"]
+# By the names of the command line.
+StorageName = Literal["bf16", "fp8", "fp32", "fp64"]
+STORAGE_DTYPES: Mapping[StorageName, StatesDtype] = MappingProxyType(
+    {"bf16": "bfloat16", "fp8": "float8_e4m3fn", "fp32": "float32", "fp64": "float64"}
+)
 _STATE_BYTES: dict[StatesDtype, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 # A float32 for each token and layer, where values share a scale.
 _SCALE_BYTES = 4

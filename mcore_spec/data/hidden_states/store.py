@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ class Place(NamedTuple):
 
 
 class StatesStore:
-    """A finished store, memory-mapped; a `DocumentSource`. May be read from several threads.
+    """A finished store, memory-mapped; a `ConversationSource`. May be read from several threads.
 
     Attributes:
         description: of the contents.
@@ -103,15 +104,22 @@ class StatesStore:
         tensors = self._read(index, (TOKENS, MASK))
         return Document(tensors[TOKENS].numpy().astype(np.int64), tensors[MASK].numpy())
 
-    def states(self, index: int) -> DocumentStates:
+    def states(self, index: int, *, layers: Sequence[int] | None = None) -> DocumentStates:
         """Document `index` with its states: in the store's dtype, or in float32 where that has eight bits.
+
+        Args:
+            index: of the document.
+            layers: places of the wanted ones in `description.aux_layer_ids`; ``None``: all.
 
         Raises:
             IndexError: there is none of that number.
             CheckpointError: a damaged shard.
         """
         scales = (AUX + SCALE, LAST + SCALE) if self.description.dtype == "float8_e4m3fn" else ()
-        return decode(self._read(index, (TOKENS, MASK, AUX, LAST, *scales)))
+        tensors = self._read(index, (TOKENS, MASK, AUX, LAST, *scales))
+        if layers is not None and list(layers) != list(range(len(self.description.aux_layer_ids))):
+            tensors |= {name: tensors[name][:, list(layers)] for name in (AUX, AUX + SCALE) if name in tensors}
+        return decode(tensors)
 
     def _read(self, index: int, names: tuple[str, ...]) -> dict[str, Tensor]:
         if not 0 <= index < len(self):

@@ -77,8 +77,7 @@ class StatesWriter:
         """
         self.directory, self.description, self.writer = directory, description, writer
         self.max_shard_bytes = max_shard_bytes
-        directory.mkdir(parents=True, exist_ok=True)
-        _begin(directory, description)
+        begin_store(directory, description)
         self._buffer: dict[int, dict[str, Tensor]] = {}
         self._buffered_bytes = 0
         self._journal = GrowingFile(directory / journal_name(writer), field="the journal of the store")
@@ -153,12 +152,16 @@ class StatesWriter:
         self._next_number += 1
         self._buffer, self._buffered_bytes = {}, 0
 
+    def release(self) -> None:
+        """Let go of the journal; what is buffered is lost."""
+        self._journal.close()
+
     def close(self) -> None:
-        """Write what is buffered and let go of the journal."""
+        """Write what is buffered, and let go of the journal."""
         try:
             self.flush()
         finally:
-            self._journal.close()
+            self.release()
 
     def __enter__(self) -> Self:
         return self
@@ -170,10 +173,10 @@ class StatesWriter:
         if kind is None:
             self.close()
         else:
-            self._journal.close()
+            self.release()
 
 
-def finish_store(directory: Path) -> Manifest:
+def finish_store(directory: Path) -> None:
     """Publish the manifest of what all writers wrote; one rank calls it, when the writers are closed.
 
     Raises:
@@ -200,7 +203,6 @@ def finish_store(directory: Path) -> Manifest:
         for path in directory.glob(pattern):
             if path.name not in known:
                 path.unlink()
-    return manifest
 
 
 def written_shards(directory: Path) -> list[Shard]:
@@ -216,8 +218,14 @@ def written_shards(directory: Path) -> list[Shard]:
     return present_shards(directory, shards)
 
 
-def _begin(directory: Path, description: StoreDescription) -> None:
-    """Say what the store will be, or see that it is the same."""
+def begin_store(directory: Path, description: StoreDescription) -> None:
+    """Say what the store will be, or see that it is the one that was begun.
+
+    Raises:
+        CheckpointError: the directory holds another store, or a damaged one.
+        OSError: it cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(directory)
     begun = read_description(directory) if manifest is None else manifest.description
     if begun is None:
