@@ -35,7 +35,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("hosting",),
     ("conversion",),
     ("weights", "checkpoint"),
-    ("export", "evaluation"),
+    ("export", "evaluation", "engines"),
     # Where the rooms meet; the others reach it through `config.ALGORITHMS` alone.
     ("algorithms",),
     ("training", "huggingface"),
@@ -49,6 +49,7 @@ TRANSFORMERS_HOMES = (
     "data/chat.py",
     "weights/",
     "synthesis/local.py",
+    "engines/transformers.py",
     "evaluation/",
     "huggingface/",
     "cli/",

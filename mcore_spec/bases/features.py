@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from mcore_spec.data.batch import Batch
 from mcore_spec.drafts.draft import Draft
+from mcore_spec.parallel.documents import Documents
 
 
 class Features(NamedTuple):
@@ -24,6 +26,19 @@ class Features(NamedTuple):
     def detached(self) -> Features:
         """The same states, through which no gradient flows into the base."""
         return Features(aux=None if self.aux is None else self.aux.detach(), last=self.last.detach())
+
+
+class FeatureSource(Protocol):
+    """Where the features of a batch come from: a base that runs, or a store."""
+
+    def __call__(self, batch: Batch, documents: Documents) -> Features | None:
+        """Features of this rank's rows on the last stage, ``None`` on the others; every rank of the model must call.
+
+        Args:
+            batch: of the whole row.
+            documents: of the batch; which of its rows are this context-parallel rank's.
+        """
+        ...
 
 
 def features_for(draft: Draft, features: Features) -> Tensor:

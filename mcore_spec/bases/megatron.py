@@ -196,6 +196,11 @@ class MegatronBase:
         weight: Tensor = self.model.decoder.final_layernorm.weight
         return weight.detach()
 
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The final norm of hidden states [s, b, h]; last stage only."""
+        normed: Tensor = self.model.decoder.final_layernorm(hidden)
+        return normed
+
     @torch.no_grad()
     def last_layer_weights(self) -> dict[str, Tensor]:
         """This rank's weights of the last decoder layer under the names of a draft's layer; last stage only.

@@ -24,7 +24,7 @@ from mcore_spec.checkpoint.store import (
 from mcore_spec.cli.arguments import DTYPE_NAMES, NO_DRAFT, ConvertArguments, ParallelArguments
 from mcore_spec.cli.dry_run import Rehearsal, build_stages, say_weights
 from mcore_spec.cli.terminal import say
-from mcore_spec.config import BaseArchitecture, BaseIdentity, StrictConfig
+from mcore_spec.config import BaseArchitecture, StrictConfig
 from mcore_spec.config.files import ConfigFile, read_config_file
 from mcore_spec.conversion import convert, find_algorithm
 from mcore_spec.drafts.draft import Draft
@@ -34,8 +34,9 @@ from mcore_spec.parallel.imagined import imagined_world_size
 from mcore_spec.parallel.layout import Layout, parallel_runtime, run_on_rank_zero, tensor_parallel
 from mcore_spec.parallel.sharding import sharded_tensors, whole_shape
 from mcore_spec.parallel.tensor_parallel import Placement
+from mcore_spec.weights.base_directory import find_base
 from mcore_spec.weights.families import base_rows
-from mcore_spec.weights.hf_config import TOKENIZER_FILES, describe_hf, locate, mtp_names, read_hf_config, without_mtp
+from mcore_spec.weights.hf_config import TOKENIZER_FILES
 from mcore_spec.weights.hf_export import stored_specs
 from mcore_spec.weights.hf_import import check_tensors, import_hf
 from mcore_spec.weights.safetensors_io import WeightDirectory
@@ -125,19 +126,10 @@ def _find_source(arguments: ConvertArguments) -> Source:
         files = sorted(checkpoint.tokenizer_path.glob("*")) if checkpoint.tokenizer_path.is_dir() else []
         return Source(_with_dtype(checkpoint.record, arguments), checkpoint.path, files)
     assert arguments.pretrained_model_path is not None
-    directory = locate(arguments.pretrained_model_path, with_weights=not arguments.dry_run)
-    given = read_hf_config(directory)
-    raw, mtp = without_mtp(given), mtp_names(given)
-    base = describe_hf(raw, where=str(directory / "config.json"))
-    fingerprint = ""
-    if not arguments.dry_run or any(directory.glob("*.safetensors")):
+    directory, base, identity, mtp = find_base(arguments.pretrained_model_path, with_weights=not arguments.dry_run)
+    if identity.fingerprint:
         with WeightDirectory(directory, without=mtp) as weights:
             check_tensors(weights, base, cast=arguments.params_dtype != "auto")
-            fingerprint = weights.fingerprint()
-    source = (
-        str(directory.resolve()) if Path(arguments.pretrained_model_path).is_dir() else arguments.pretrained_model_path
-    )
-    identity = BaseIdentity(source=source, fingerprint=fingerprint, hf_config=raw)
     record = CheckpointRecord(base=base, identity=identity, conversion=None, packages={})
     files = [directory / name for name in TOKENIZER_FILES if (directory / name).exists()]
     return Source(_with_dtype(record, arguments), directory, files, mtp)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from mcore_spec.bases.feature_sources import LiveFeatures, StoredFeatures
 from mcore_spec.bases.megatron_build import check_layout
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.checkpoint.store import TRACKER, Checkpoint, check_save_directory, find_checkpoint, load_checkpoint
+from mcore_spec.cli.conversations import check_seq_length, check_tokenizer_of, choose_tokenizer, read_conversations
 from mcore_spec.cli.convert import layout_of
 from mcore_spec.cli.dry_run import Rehearsal, build_stages, say_weights
 from mcore_spec.cli.plan import describe_run, machine_of
@@ -17,9 +20,9 @@ from mcore_spec.cli.terminal import say
 from mcore_spec.cli.training_arguments import FinetuneArguments
 from mcore_spec.config import EagleConfig
 from mcore_spec.conversion import find_algorithm
-from mcore_spec.data.chat import check_same_vocabulary, load_tokenizer
+from mcore_spec.data.document import ConversationSource
+from mcore_spec.data.hidden_states import StatesStore
 from mcore_spec.data.sources import open_source
-from mcore_spec.data.store import TokenStore, build_token_store
 from mcore_spec.errors import CheckpointError, ConfigError, UnsupportedError
 from mcore_spec.evaluation.prompts import TokenizerPrompts
 from mcore_spec.objectives.objective import Task
@@ -36,11 +39,11 @@ from mcore_spec.planning.activations import TrainingSetup
 from mcore_spec.planning.layout import PlannedLayout
 from mcore_spec.planning.report import describe_model
 from mcore_spec.planning.shapes import ModelShape
-from mcore_spec.training.data import Conversations
+from mcore_spec.training.data import Conversations, open_states
 from mcore_spec.training.linear_start import check_linear_start, num_default_rows
 from mcore_spec.training.log import Entry, Logger, brief, check_loggers, draw_curves, open_loggers, say_above_bar
 from mcore_spec.training.signals import StoppedEarly
-from mcore_spec.training.step import check_trainable
+from mcore_spec.training.step import MakeFeatures, check_trainable
 from mcore_spec.training.trainer import Progress, Trainer
 
 _TRAIN_DTYPE = {False: "float32", True: "bfloat16"}
@@ -70,7 +73,9 @@ def run(arguments: FinetuneArguments) -> None:
         check_linear_start(task, num_batches=arguments.fit_start)
         check_layout(checkpoint.record.base, layout)
         global_batch_size = _global_batch_size(arguments, num_data=num_data_ranks(layout))
-        store = _read_conversations(arguments, checkpoint)
+        store, make_features = _find_data(arguments, checkpoint, task)
+        if isinstance(store, StatesStore):
+            arguments = arguments.model_copy(update={"seq_length": store.description.seq_length})
         conversations = Conversations(store, arguments, global_batch_size=global_batch_size)
         begun = 0 if not is_resumed else checkpoint.iteration
         if begun >= conversations.num_iterations:
@@ -91,6 +96,7 @@ def run(arguments: FinetuneArguments) -> None:
                 tokenizer_files=sorted(checkpoint.tokenizer_path.glob("*")),
                 end_ids=_end_ids(arguments, checkpoint),
                 resume_from=checkpoint if is_resumed else None,
+                make_features=make_features,
             )
         except StoppedEarly:
             say("stopped before the first step: nothing was saved; give the same command to begin")
@@ -100,6 +106,42 @@ def run(arguments: FinetuneArguments) -> None:
         say(f"{'resumed' if is_resumed else 'loaded'} {checkpoint.path}; {_describe_run(conversations, trainer)}")
         progress = trainer.run(loggers)
         _say_end(arguments, progress, conversations.num_iterations, trainer)
+
+
+class Data(NamedTuple):
+    """What a run learns from.
+
+    Attributes:
+        source: the conversations.
+        make_features: see `DraftStep`.
+    """
+
+    source: ConversationSource
+    make_features: MakeFeatures
+
+
+def _find_data(arguments: FinetuneArguments, checkpoint: Checkpoint, task: Task) -> Data:
+    """Conversations for a base that runs, or the store of its hidden states."""
+    if arguments.offline_distillation_data is None:
+        tokenizer = choose_tokenizer(checkpoint, arguments.tokenizer_model)
+        cache_dir = Path(arguments.save) / "data_cache"
+        source = read_conversations(arguments, checkpoint.record.base, tokenizer, cache_dir=cache_dir)
+        return Data(source, LiveFeatures)
+    path = Path(arguments.offline_distillation_data)
+    store = run_on_every_rank(lambda: open_states(path, checkpoint.record, task))
+    about = store.description
+    if "seq_length" in arguments.model_fields_set and arguments.seq_length != about.seq_length:
+        raise ConfigError(
+            f"--seq-length {arguments.seq_length}, but {path} was extracted with {about.seq_length}; give that, or "
+            "leave the flag out"
+        )
+    own = checkpoint.tokenizer_path if any(checkpoint.tokenizer_path.glob("*")) else None
+    run_on_rank_zero(lambda: check_tokenizer_of(store, arguments.tokenizer_model or own))
+    say(
+        f"hidden states: {len(store):,} conversations, {int(store.lengths.sum()):,} tokens, {store.num_bytes:,} bytes; "
+        f"by {about.backend} in {about.dtype}, aux layers {', '.join(map(str, about.aux_layer_ids)) or 'none'}"
+    )
+    return Data(store, partial(StoredFeatures, last_is_normed=about.last_is_normed))
 
 
 def _with_fit_start(
@@ -123,12 +165,14 @@ def _with_fit_start(
 
 def _rehearse(arguments: FinetuneArguments, layout: Layout) -> None:
     """The same checks, base and draft without memory, the plan of the run; conversations are not read."""
+    if arguments.offline_distillation_data is not None:
+        raise UnsupportedError("--dry-run plans a run whose base runs; leave --offline-distillation-data or it out")
     world_size = imagined_world_size(layout, num_gpus=arguments.num_gpus)
     checkpoint, is_resumed = _find_start(arguments)
     check_linear_start(check_trainable(checkpoint.record), num_batches=arguments.fit_start)
     base, conversion = checkpoint.record.base, checkpoint.record.conversion
     check_layout(base, layout)
-    _check_seq_length(arguments, checkpoint)
+    check_seq_length(arguments, checkpoint.record.base)
     for path in arguments.data_path:
         open_source(path)
     assert conversion is not None, "a trainable checkpoint has a draft"
@@ -215,45 +259,6 @@ def _global_batch_size(arguments: FinetuneArguments, *, num_data: int) -> int:
             f"{num_data} data-parallel ranks; give a multiple of {smallest}"
         )
     return given or smallest
-
-
-def _check_seq_length(arguments: FinetuneArguments, checkpoint: Checkpoint) -> None:
-    positions = checkpoint.record.base.max_position_embeddings
-    if arguments.seq_length > positions:
-        raise ConfigError(f"--seq-length {arguments.seq_length} is above the base's {positions} positions; lower it")
-
-
-def _read_conversations(arguments: FinetuneArguments, checkpoint: Checkpoint) -> TokenStore:
-    """The tokenised conversations, made unless they are in the cache."""
-    base = checkpoint.record.base
-    _check_seq_length(arguments, checkpoint)
-    tokenizer = checkpoint.choose_tokenizer(arguments.tokenizer_model)
-    run_on_rank_zero(lambda: _check_tokenizer(arguments.tokenizer_model, checkpoint))
-    cache = arguments.data_cache_path or str(Path(arguments.save) / "data_cache")
-    store = build_token_store(
-        arguments.data_path,
-        tokenizer,
-        cache_dir=Path(cache),
-        seq_length=arguments.seq_length,
-        on_bad_line=arguments.on_bad_line,
-        vocab_size=base.vocab_size,
-    )
-    counts = store.counts
-    say(
-        f"data: {counts.documents:,} conversations, {counts.tokens:,} tokens, {counts.masked_tokens:,} of them the "
-        f"model's; {counts.truncated:,} truncated at --seq-length, {counts.empty:,} without a token of the model's "
-        f"left out, {counts.skipped:,} unreadable left out"
-    )
-    for reason in counts.skip_reasons:
-        say(f"  left out: {reason}")
-    return store
-
-
-def _check_tokenizer(given: str | None, checkpoint: Checkpoint) -> None:
-    """Compare another tokenizer with the one that came with the base, if one did."""
-    own = checkpoint.tokenizer_path
-    if given is not None and any(own.glob("*")):
-        check_same_vocabulary(load_tokenizer(given), load_tokenizer(own), f"--tokenizer-model {given}")
 
 
 def _end_ids(arguments: FinetuneArguments, checkpoint: Checkpoint) -> tuple[int, ...]:

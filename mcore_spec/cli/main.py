@@ -17,9 +17,12 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mcore_spec.cli.arguments import ConvertArguments, ExportArguments, flag_of
+from mcore_spec.cli.engine_arguments import ExtractEngineArguments
 from mcore_spec.cli.evaluation_arguments import GenerateArguments, ValidateArguments
+from mcore_spec.cli.extract_arguments import ExtractArguments
 from mcore_spec.cli.parser import Section, parse_arguments, suggest
 from mcore_spec.cli.plan_arguments import PlanArguments
+from mcore_spec.cli.states_arguments import HiddenStatesArguments
 from mcore_spec.cli.synthesis_arguments import PreparePromptsArguments, SynthesizeArguments
 from mcore_spec.cli.terminal import say, say_error
 from mcore_spec.cli.training_arguments import DraftVocabArguments, FinetuneArguments
@@ -87,6 +90,24 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "Train the draft of a converted checkpoint on conversations.",
             "mcore_spec.cli.finetune:run",
             "save",
+        ),
+        "extract": Command(
+            ExtractArguments,
+            "Write the hidden states of a base to disk, for training without it.",
+            "mcore_spec.cli.extract:run",
+            "output_dir",
+        ),
+        "extract-engine": Command(
+            ExtractEngineArguments,
+            "Write the hidden states of a base that runs in vLLM or TensorRT-LLM, for training without it.",
+            "mcore_spec.cli.extract_engine:run",
+            "output_dir",
+        ),
+        "hidden-states": Command(
+            HiddenStatesArguments,
+            "Bring a store of hidden states into another tool's form, or theirs into ours.",
+            "mcore_spec.cli.hidden_states:run",
+            "output_dir",
         ),
         "plan": Command(
             PlanArguments,

@@ -29,6 +29,16 @@ class DataConfig(StrictConfig):
 class TrainingConfig(DataConfig):
     """The run: how much, how fast, how often to say so."""
 
+    data_path: tuple[str, ...] = Field(
+        (),
+        description="Conversations: .jsonl, .json or .parquet (also .gz), or a Hugging Face dataset. May be repeated. "
+        "Either this or --offline-distillation-data.",
+    )
+    offline_distillation_data: str | None = Field(
+        None,
+        min_length=1,
+        description="Hidden states that extract wrote: the base does not run. Its --seq-length is the default.",
+    )
     split: str = Field("98,2,0", description="Weights of training, validation and test conversations.")
     packing: bool = Field(True, description="Lay short conversations behind each other; without it they are padded.")
     micro_batch_size: int = Field(1, ge=1, description="Samples in one forward pass of a data-parallel rank.")
@@ -104,6 +114,18 @@ class TrainingConfig(DataConfig):
         if unknown:
             raise ValueError(f"{', '.join(unknown)} is not one of {', '.join(LOGGERS)}")
         return value
+
+    @model_validator(mode="after")
+    def _check_data(self) -> Self:
+        if bool(self.data_path) == (self.offline_distillation_data is not None):
+            given = "both are" if self.data_path else "neither is"
+            raise ValueError(f"give either --data-path or --offline-distillation-data: {given} given")
+        if self.offline_distillation_data is not None:
+            ignored = sorted({"data_cache_path", "on_bad_line"} & self.model_fields_set)
+            if ignored:
+                flags = ", ".join("--" + name.replace("_", "-") for name in ignored)
+                raise ValueError(f"{flags} would be ignored with --offline-distillation-data: drop it")
+        return self
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
-from typing import TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,9 +22,21 @@ from mcore_spec.data.packing import SampleStream
 from mcore_spec.data.seeds import RandomUse, random_state
 from mcore_spec.errors import ConfigError
 
-__all__ = ["Batch", "DataParallelBatches", "Document", "make_batch"]
+__all__ = ["Batch", "Batches", "DataParallelBatches", "Document", "make_batch"]
 
 Values = TypeVar("Values", IntArray, BoolArray)
+
+
+class BatchStates(NamedTuple):
+    """The base's hidden states of a batch's rows, read from a store, on the host; zero in padding.
+
+    Attributes:
+        aux: outputs of the wanted layers in layer order, joined, [rows, n h]; ``None`` where none are wanted.
+        last: output of the last layer, [rows, h].
+    """
+
+    aux: Tensor | None
+    last: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +57,8 @@ class Batch:
         lengths: tokens of each document, padding left out.
         num_samples: samples in it.
         num_tokens: tokens in it, padding left out.
+        numbers: of the documents in their source; empty where they come from none.
+        states: of the base, where they are read and not computed. They stay on the host: a rank takes its rows alone.
     """
 
     token_ids: Tensor
@@ -58,6 +72,8 @@ class Batch:
     num_samples: int
     num_tokens: int
     noise_keys: Tensor | None = None
+    numbers: tuple[int, ...] = ()
+    states: BatchStates | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -83,6 +99,7 @@ def make_batch(
     pad_to: int | None = None,
     mixing: Sequence[np.random.RandomState] | None = None,
     noise_keys: Sequence[int] | None = None,
+    numbers: Sequence[int] = (),
 ) -> Batch:
     """Lay documents behind each other.
 
@@ -96,6 +113,7 @@ def make_batch(
         pad_to: rows of each document; ``None``: as many as it needs.
         mixing: draw `Batch.replaced` with these generators, one a document.
         noise_keys: of `Batch.noise_keys`, one a document.
+        numbers: of `Batch.numbers`.
 
     Raises:
         ConfigError: no documents, an empty one, one longer than `pad_to`, or a `pad_to` that is no multiple.
@@ -133,7 +151,16 @@ def make_batch(
         num_samples=num_samples,
         num_tokens=num_tokens,
         noise_keys=None if noise_keys is None else torch.tensor(noise_keys).repeat_interleave(torch.from_numpy(spans)),
+        numbers=tuple(numbers),
     )
+
+
+class Batches(Protocol):
+    """Training or validation data of this rank, by number of the global batch."""
+
+    def micro_batches(self, index: int) -> Iterator[Batch]:
+        """This rank's micro-batches of global batch `index`."""
+        ...
 
 
 class DataParallelBatches:
@@ -204,9 +231,10 @@ class DataParallelBatches:
 
     def _batch(self, samples: range) -> Batch:
         stream, seed, noise_seed = self.stream, self.mixing_seed, self.noise_seed
-        documents, mixing, noise_keys = [], [], []
+        numbers, documents, mixing, noise_keys = [], [], [], []
         for sample in samples:
             for place, number in enumerate(stream.sample(sample)):
+                numbers.append(number)
                 documents.append(stream.source.document(number))
                 if seed is not None:
                     mixing.append(random_state(seed, RandomUse.MIXING, sample, place))
@@ -221,6 +249,7 @@ class DataParallelBatches:
             pad_to=None if stream.packing else stream.seq_length,
             mixing=None if seed is None else mixing,
             noise_keys=None if noise_seed is None else noise_keys,
+            numbers=numbers,
         )
 
 

@@ -24,7 +24,7 @@ class Document(NamedTuple):
 
 
 class DocumentSource(Protocol):
-    """Documents by number; `mcore_spec.data.store.TokenStore` is one."""
+    """Documents by number."""
 
     @property
     def lengths(self) -> IntArray:
@@ -33,4 +33,22 @@ class DocumentSource(Protocol):
 
     def document(self, index: int) -> Document:
         """Document `index`."""
+        ...
+
+
+class ConversationSource(DocumentSource, Protocol):
+    """All the documents of a run, which know what they are."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the contents, in hexadecimal."""
+        ...
+
+    @property
+    def num_masked_tokens(self) -> int:
+        """Tokens that the model must produce."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of documents."""
         ...

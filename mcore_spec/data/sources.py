@@ -197,7 +197,7 @@ class ParquetFile(_File):
 
     def records(self) -> Iterator[Record]:
         """See `Source`."""
-        parquet = _require("pyarrow.parquet", package="pyarrow", wanted_by=f"{self.field} = {self.name}")
+        parquet = require("pyarrow.parquet", package="pyarrow", wanted_by=f"{self.field} = {self.name}")
         number = 0
         try:
             with self.path.open("rb") as file:
@@ -238,7 +238,7 @@ class HubDataset:
 
     @cached_property
     def _dataset(self) -> Any:
-        datasets = _require("datasets", package="datasets", wanted_by=f"{self.field} = {self.name}")
+        datasets = require("datasets", package="datasets", wanted_by=f"{self.field} = {self.name}")
         try:
             return datasets.load_dataset(self._repository, split=self._split)
         except (OSError, ValueError) as error:
@@ -257,13 +257,22 @@ _READERS: dict[str, Callable[..., Source]] = {
 }
 
 
-def _require(module: str, *, package: str, wanted_by: str) -> ModuleType:
+def require(module: str, *, package: str, wanted_by: str, instead: str = "convert the data to .jsonl") -> ModuleType:
+    """An optional package.
+
+    Args:
+        module: to import.
+        package: what pip installs.
+        wanted_by: what needs it, for the error.
+        instead: what can be done without it.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(
-            f"{wanted_by} needs the package {package}: pip install {package}, or convert the data to .jsonl"
-        ) from error
+        raise ConfigError(f"{wanted_by} needs the package {package}: pip install {package}, or {instead}") from error
 
 
 def _digest_files(paths: Sequence[Path], *, salt: str) -> str:

@@ -57,12 +57,13 @@ class StoreCounts:
 
 
 class TokenStore:
-    """A finished store, memory-mapped; a `DocumentSource`.
+    """A finished store, memory-mapped; a `ConversationSource`.
 
     Attributes:
         fingerprint: of its contents, in hexadecimal.
         seq_length: tokens of a document at most.
         counts: what went in.
+        num_masked_tokens: those that the model must produce.
         lengths: tokens of each document, int64 [documents].
     """
 
@@ -95,6 +96,7 @@ class TokenStore:
                 "made again"
             ) from error
         self.lengths: IntArray = np.diff(self._offsets)
+        self.num_masked_tokens = self.counts.masked_tokens
 
     def _check_sizes(self) -> None:
         num_tokens = self.counts.tokens

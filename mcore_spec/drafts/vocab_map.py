@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mcore_spec.data.torch_files import UnreadableFile, read_torch_file
 from mcore_spec.errors import ConfigError
 
 _REMEDY = "make it again for this base"
@@ -24,12 +24,11 @@ def load_draft_to_target(path: Path, *, vocab_size: int) -> Tensor:
         ConfigError: unreadable, not an integer vector, targets not strictly ascending or out of range.
     """
     try:
-        d2t = torch.load(path, weights_only=True, map_location="cpu")
+        d2t = read_torch_file(path)
     except FileNotFoundError as error:
         raise ConfigError(f"draft_vocab_cache = {path}: no such file; correct the path, or {_REMEDY}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
-        raise ConfigError(f"draft_vocab_cache = {path}: not a torch tensor file ({reason}); {_REMEDY}") from error
+    except UnreadableFile as error:
+        raise ConfigError(f"draft_vocab_cache = {path}: not a torch tensor file ({error}); {_REMEDY}") from error
     return check_draft_to_target(d2t, vocab_size=vocab_size, where=f"draft_vocab_cache = {path}")
 
 

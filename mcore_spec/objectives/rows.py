@@ -11,17 +11,13 @@ from mcore_spec.bases.base import Base
 from mcore_spec.bases.features import Features
 from mcore_spec.layers.linear import VocabularyHead
 from mcore_spec.losses.vocabulary import Vocabulary
-from mcore_spec.parallel.collectives import gather_without_grad
-from mcore_spec.parallel.documents import Documents
-from mcore_spec.parallel.tensor_parallel import SEQUENCE_DIM, TensorParallel
+from mcore_spec.parallel.documents import Documents, whole_rows
+from mcore_spec.parallel.tensor_parallel import TensorParallel
 
 
 def teacher_rows(features: Features, documents: Documents, tp: TensorParallel) -> Tensor:
     """The base's last hidden states of the whole row, [rows, h]; its logits are computed block by block."""
-    last = features.last
-    if tp.sequence_parallel:
-        last = gather_without_grad(last, SEQUENCE_DIM, tp.group)
-    return documents.join(last, with_grad=False)[:, 0]
+    return whole_rows(features.last, documents, tp)
 
 
 @torch.no_grad()

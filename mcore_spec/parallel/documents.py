@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mcore_spec.parallel.collectives import Group, gather, gather_without_grad, group_rank, group_size
+from mcore_spec.parallel.tensor_parallel import SEQUENCE_DIM, TensorParallel
 
 ROW_DIM = 0
 
@@ -57,6 +58,17 @@ class LocalRows(NamedTuple):
     lengths: Tensor
 
 
+def document_multiple(context_group: Group) -> int:
+    """What the span of each document must be a multiple of."""
+    size = group_size(context_group)
+    return 1 if size == 1 else 2 * size
+
+
+def row_multiple(context_group: Group, tp: TensorParallel) -> int:
+    """What the number of rows must be a multiple of: under sequence parallelism they are shared out too."""
+    return group_size(context_group) * (tp.size if tp.sequence_parallel else 1)
+
+
 class Documents:
     """Bounds of the documents in one packed row, seen from one context-parallel rank.
 
@@ -80,7 +92,7 @@ class Documents:
         assert all(0 <= length <= span for length, span in zip(self.lengths, spans, strict=True)), (
             "a document's tokens lie inside its rows"
         )
-        multiple = 1 if group_size(group) == 1 else 2 * group_size(group)
+        multiple = document_multiple(group)
         assert all(span % multiple == 0 for span in spans), f"spans are multiples of {multiple}"
         self._local_rows: dict[torch.device, LocalRows] = {}
         self._orders: dict[torch.device, Tensor] = {}
@@ -191,3 +203,10 @@ class Documents:
             rows = torch.cat([torch.arange(start, stop) for rank in ranks for _, start, stop in self._chunks_of(rank)])
             self._orders[device] = rows.argsort().to(device)
         return self._orders[device]
+
+
+def whole_rows(hidden: Tensor, documents: Documents, tp: TensorParallel) -> Tensor:
+    """This rank's [s or s/tp, 1, n] -> the whole row [rows, n] on every rank, without gradient."""
+    if tp.sequence_parallel:
+        hidden = gather_without_grad(hidden, SEQUENCE_DIM, tp.group)
+    return documents.join(hidden, with_grad=False)[:, 0]

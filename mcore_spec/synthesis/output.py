@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from mcore_spec.data.conversations import Message
+from mcore_spec.data.json_lines import GrowingFile, Line
 from mcore_spec.data.prompts import Prompt, parse_prompt, read_name
 from mcore_spec.errors import ConfigError
-from mcore_spec.synthesis.json_lines import GrowingFile, Line
 
 Settings = Mapping[str, str | int | float | None]
 

@@ -1,18 +1,23 @@
-"""From a token store to the batches of a run: which conversations train, which validate, how many steps that is."""
+"""From stored conversations to the batches of a run: which train, which validate, how many steps that is."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 
+from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.config import TrainingConfig
 from mcore_spec.data.batch import DataParallelBatches
-from mcore_spec.data.document import Document
+from mcore_spec.data.document import ConversationSource, Document
+from mcore_spec.data.hidden_states import StatesStore
+from mcore_spec.data.hidden_states.batches import StoredBatches
 from mcore_spec.data.packing import SampleStream, Split, split_documents
-from mcore_spec.data.store import TokenStore
-from mcore_spec.errors import ConfigError
+from mcore_spec.errors import CheckpointError, ConfigError
+from mcore_spec.objectives.objective import Task
 from mcore_spec.training.step import DraftStep
 from mcore_spec.training.trainer import TrainingData
 
@@ -20,7 +25,7 @@ from mcore_spec.training.trainer import TrainingData
 class Conversations:
     """The tokenised conversations of a run, shared out to training and validation."""
 
-    def __init__(self, store: TokenStore, config: TrainingConfig, *, global_batch_size: int) -> None:
+    def __init__(self, store: ConversationSource, config: TrainingConfig, *, global_batch_size: int) -> None:
         """Share the documents out.
 
         Args:
@@ -66,7 +71,7 @@ class Conversations:
     def num_fit_batches(self, *, num_rows: int) -> int:
         """Global batches that hold about so many rows to learn from; of the run's own, and of its first epoch."""
         samples = self._stream(is_train=True).samples_per_epoch(0)
-        rows = self.store.counts.masked_tokens * len(self.split.train) / len(self.store)
+        rows = self.store.num_masked_tokens * len(self.split.train) / len(self.store)
         rows_per_batch = rows / samples * self.global_batch_size
         wanted = math.ceil(num_rows / rows_per_batch)
         return min(wanted, self.num_iterations, math.ceil(samples / self.global_batch_size))
@@ -98,13 +103,21 @@ class Conversations:
             mixing_seed=config.seed if step.task.mixes_hidden_states else None,
             noise_seed=config.seed if step.task.draws_noise else None,
         )
+        stored = [self._with_states(each, step) for each in (train, valid)]
         return TrainingData(
-            train=train,
-            valid=valid,
+            train=stored[0] or train,
+            valid=stored[1] or valid,
             num_valid_batches=num_valid,
             settings=self._settings(),
             questions=self._questions(),
+            waited_s=None if stored[0] is None else partial(_waited_s, stored[0]),
         )
+
+    def _with_states(self, batches: DataParallelBatches | None, step: DraftStep) -> StoredBatches | None:
+        """Batches that are read with the base's hidden states, where those are stored and this rank needs them."""
+        if batches is None or not isinstance(self.store, StatesStore) or not step.base.is_last_stage:
+            return None
+        return StoredBatches(batches, self.store, aux_layer_ids=step.task.aux_layer_ids)
 
     def _questions(self) -> list[Document]:
         """The first validation conversations, where acceptance is measured on them."""
@@ -122,3 +135,47 @@ class Conversations:
             "seed": config.seed,
             "global_batch_size": self.global_batch_size,
         }
+
+
+def _waited_s(batches: StoredBatches) -> float:
+    return batches.waited_s
+
+
+def open_states(path: Path, record: CheckpointRecord, task: Task) -> StatesStore:
+    """The store that a draft is to learn from.
+
+    Args:
+        path: of its directory.
+        record: of the checkpoint that holds the draft.
+        task: of the draft.
+
+    Raises:
+        CheckpointError: no store, a damaged one, or one of another base.
+        ConfigError: layers that are not in it, or a base that is to be trained too.
+    """
+    where = f"offline_distillation_data = {path}"
+    if task.trains_base:
+        raise ConfigError(
+            f"{where}: the states of a base that changes cannot be stored, and this draft's configuration has "
+            "eagle_freeze_base_model = false; train on --data-path"
+        )
+    store = StatesStore(path)
+    description, base = store.description, record.base
+    of_base = {
+        "base_fingerprint": (description.base_fingerprint, record.identity.fingerprint),
+        "hidden_size": (description.hidden_size, base.hidden_size),
+        "vocab_size": (description.vocab_size, base.vocab_size),
+    }
+    for name, (there, here) in of_base.items():
+        if there != here:
+            raise CheckpointError(
+                f"{where} was extracted from another base: its {name} is {there!r} ({description.source}), the "
+                f"checkpoint's {here!r} ({record.identity.source}); extract with this checkpoint"
+            )
+    missing = sorted(set(task.aux_layer_ids) - set(description.aux_layer_ids))
+    if missing:
+        raise ConfigError(
+            f"{where} has aux layers {list(description.aux_layer_ids)}, the draft reads {list(task.aux_layer_ids)}; "
+            "extract with this checkpoint, whose draft says which"
+        )
+    return store

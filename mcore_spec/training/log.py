@@ -203,9 +203,9 @@ class ProgressBar:
             dynamic_ncols=True,
         )
 
-    def advance(self) -> None:
-        """One iteration more."""
-        self._bar.update()
+    def advance(self, number: int = 1) -> None:
+        """One iteration more, or several."""
+        self._bar.update(number)
 
     def note(self, text: str) -> None:
         """Say something that is no figure, above the bar."""
@@ -239,7 +239,10 @@ def brief(entry: Entry) -> str:
     if f"{prefix}accuracy" in entry:
         accuracy = " ".join(f"{each:.3f}" for each in entry[f"{prefix}accuracy"])
         text += f", accuracy {accuracy}, acceptance length {entry[f'{prefix}simulated_acceptance_length']:.3f}"
-    return text if prefix else f"{text}, {entry['tokens_per_second']:,.0f} tokens/s"
+    if prefix:
+        return text
+    wait = f", {entry['data_wait']:.1%} of it waiting for data" if "data_wait" in entry else ""
+    return f"{text}, {entry['tokens_per_second']:,.0f} tokens/s{wait}"
 
 
 def _briefest(entry: Entry) -> str:

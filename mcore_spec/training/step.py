@@ -1,16 +1,17 @@
-"""One micro-batch: base forward, then the draft's objective. The caller runs backward and the optimizer."""
+"""One micro-batch: the base's features, then the draft's objective. The caller runs backward and the optimizer."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-from mcore_spec.bases.features import Features, features_for
+from mcore_spec.bases.feature_sources import LiveFeatures
+from mcore_spec.bases.features import Features, FeatureSource, features_for
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.conversion import conversion_of, find_algorithm, reads_tokens
@@ -22,9 +23,11 @@ from mcore_spec.objectives.language_model import with_language_model
 from mcore_spec.objectives.objective import Objective, Task
 from mcore_spec.objectives.rows import teacher_rows
 from mcore_spec.parallel.collectives import Group, gather_without_grad
-from mcore_spec.parallel.documents import Documents
+from mcore_spec.parallel.documents import Documents, document_multiple, row_multiple
 from mcore_spec.parallel.sharding import sharded_tensors
 from mcore_spec.parallel.tensor_parallel import SEQUENCE_DIM
+
+MakeFeatures: TypeAlias = Callable[[MegatronBase, Sequence[int]], FeatureSource]
 
 
 class LinearRows(NamedTuple):
@@ -44,12 +47,13 @@ class BaseRun(NamedTuple):
 class DraftStep:
     """The loss of a converted model on a batch. Holds what does not change between batches."""
 
-    def __init__(self, model: GPTModel, *, recompute: bool = False) -> None:
+    def __init__(self, model: GPTModel, *, recompute: bool = False, make_features: MakeFeatures = LiveFeatures) -> None:
         """Look at the conversion.
 
         Args:
             model: this rank's part, converted.
             recompute: compute the activations of each step again in backward.
+            make_features: ``make_features(base, aux_layer_ids)``, where the base's features come from.
 
         Raises:
             ConfigError: a model without a draft.
@@ -60,6 +64,7 @@ class DraftStep:
             raise ConfigError("the model has no draft; attach one first (convert)")
         self.task = find_algorithm(conversion.algorithm).task(conversion.config)
         self.base = MegatronBase(model)
+        self.features: FeatureSource = make_features(self.base, self.task.aux_layer_ids)
         self.context_group: Group = model.pg_collection.cp
         self.draft = self.base.draft()
         self.recompute = recompute
@@ -81,14 +86,12 @@ class DraftStep:
     @property
     def document_multiple(self) -> int:
         """What the span of each document must be a multiple of."""
-        size = dist.get_world_size(self.context_group)
-        return 1 if size == 1 else 2 * size
+        return document_multiple(self.context_group)
 
     @property
     def row_multiple(self) -> int:
-        """What the number of rows must be a multiple of: under sequence parallelism they are shared out too."""
-        tp = self.base.tp
-        return dist.get_world_size(self.context_group) * (tp.size if tp.sequence_parallel else 1)
+        """What the number of rows must be a multiple of."""
+        return row_multiple(self.context_group, self.base.tp)
 
     def __call__(self, batch: Batch) -> LossOutput | None:
         """Sums over the batch's rows on this context-parallel rank; ``None`` on all but the last stage.
@@ -154,8 +157,7 @@ class DraftStep:
     def _run_base(self, batch: Batch) -> BaseRun:
         """Every stage of the model takes part."""
         documents = self._documents(batch)
-        features = self.base.features(batch.token_ids[None], aux_layer_ids=self.task.aux_layer_ids, documents=documents)
-        return BaseRun(documents, features)
+        return BaseRun(documents, self.features(batch, documents))
 
     def _documents(self, batch: Batch) -> Documents:
         return Documents(batch.bounds, lengths=batch.lengths, group=self.context_group)

@@ -6,15 +6,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from mcore_spec.bases.feature_sources import LiveFeatures
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.checkpoint.store import Checkpoint, load_optimizer_state, model_state, save_checkpoint
 from mcore_spec.config import TrainingConfig
-from mcore_spec.data.batch import Batch
+from mcore_spec.data.batch import Batch, Batches
 from mcore_spec.data.document import Document
 from mcore_spec.errors import CheckpointError, ConfigError, TrainingError
 from mcore_spec.losses.outcome import LossOutput
@@ -25,19 +26,11 @@ from mcore_spec.training.log import VALIDATION, Entry, Logger, ProgressBar
 from mcore_spec.training.optimizer import DraftOptimizer, StepResult
 from mcore_spec.training.pipeline import accumulate
 from mcore_spec.training.signals import StoppedEarly, StopRequest, stop_on_signal
-from mcore_spec.training.step import DraftStep
+from mcore_spec.training.step import DraftStep, MakeFeatures
 from mcore_spec.training.totals import Means, Totals
 
 # Steps in a row without a finite gradient that end a run: one is a bad batch, three are a broken model.
 MAX_SKIPPED_IN_A_ROW = 3
-
-
-class Batches(Protocol):
-    """Training or validation data of this rank, by number of the global batch."""
-
-    def micro_batches(self, index: int) -> Iterator[Batch]:
-        """This rank's micro-batches of global batch `index`."""
-        ...
 
 
 class TrainingData(NamedTuple):
@@ -49,6 +42,7 @@ class TrainingData(NamedTuple):
         num_valid_batches: how many the validation has.
         settings: what decides which tokens stand in which batch; a run is resumed with the same only.
         questions: conversations on which acceptance is measured.
+        waited_s: seconds that steps waited for batches so far, where they are read from disk.
     """
 
     train: Batches
@@ -56,6 +50,7 @@ class TrainingData(NamedTuple):
     num_valid_batches: int
     settings: dict[str, Any]
     questions: Sequence[Document] = ()
+    waited_s: Callable[[], float] | None = None
 
 
 @dataclass
@@ -88,6 +83,7 @@ class Trainer:
         tokenizer_files: list[Path] | None = None,
         end_ids: Sequence[int] = (),
         resume_from: Checkpoint | None = None,
+        make_features: MakeFeatures = LiveFeatures,
     ) -> None:
         """Set the draft's first weights where they come from the data, and allocate the optimizer.
 
@@ -102,6 +98,7 @@ class Trainer:
             tokenizer_files: carried along in the checkpoints.
             end_ids: tokens that end an answer, for measuring acceptance.
             resume_from: go on where this was saved; the model must have been loaded from it.
+            make_features: see `DraftStep`.
 
         Raises:
             ConfigError: a model without a draft, or data in another order than `resume_from`'s.
@@ -113,7 +110,8 @@ class Trainer:
         self.save_directory, self.num_iterations, self.global_batch_size = save, num_iterations, global_batch_size
         self.tokenizer_files = tokenizer_files or []
         run_on_every_rank(lambda: _check_finite(model))
-        self.step = DraftStep(model, recompute=config.recompute_granularity == "draft")
+        recompute = config.recompute_granularity == "draft"
+        self.step = DraftStep(model, recompute=recompute, make_features=make_features)
         check_linear_start(self.step.task, num_batches=config.fit_start)
         self.data = make_data(model, self.step)
         self.acceptance: AcceptanceCheck | None = None
@@ -197,7 +195,7 @@ class Trainer:
             return fit_linear_start(self.model, self.step, batches(stop), seed=self.config.seed)
 
     def _loop(self, loggers: list[Logger], bar: ProgressBar, stop: StopRequest) -> None:
-        clock, num_tokens = _Clock(), self.progress.consumed_tokens
+        clock, num_tokens, waited_s = _Clock(), self.progress.consumed_tokens, self._waited_s()
         if self.progress.is_validation_due:
             self._measure(loggers)
         while self.progress.iteration < self.num_iterations:
@@ -208,8 +206,11 @@ class Trainer:
             iteration, is_last = self.progress.iteration, self.progress.iteration == self.num_iterations
             is_stopped = stop.is_made_anywhere(self.device)
             if is_last or iteration % self.config.log_interval == 0:
-                entry = self._entry(result, speed=(self.progress.consumed_tokens - num_tokens) / clock.take())
-                num_tokens = self.progress.consumed_tokens
+                elapsed_s = clock.take()
+                entry = self._entry(result, speed=(self.progress.consumed_tokens - num_tokens) / elapsed_s)
+                if self.data.waited_s is not None:
+                    entry["data_wait"] = (self._waited_s() - waited_s) / elapsed_s
+                num_tokens, waited_s = self.progress.consumed_tokens, self._waited_s()
                 self.since_log.sums.zero_()
                 self.newest_entry = entry
                 bar.show(entry)
@@ -223,6 +224,9 @@ class Trainer:
             clock.go_on()
             if is_stopped:
                 return
+
+    def _waited_s(self) -> float:
+        return 0.0 if self.data.waited_s is None else self.data.waited_s()
 
     def _measure(self, loggers: list[Logger]) -> None:
         """Validation and acceptance, where they are due at this iteration."""

@@ -30,7 +30,7 @@ COMMAND = "import sys; from mcore_spec.cli.main import main; sys.exit(main(['syn
 # The process is killed in the middle of its fourth conversation, with half a character on the disk.
 KILLED = """
 import os, signal
-from mcore_spec.synthesis import json_lines
+from mcore_spec.data import json_lines
 append, lines = json_lines.GrowingFile.append, []
 def cut(file, value):
     if "conversations" in value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,17 +13,20 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from mcore_spec.bases.feature_sources import LiveFeatures, StoredFeatures
 from mcore_spec.bases.features import features_for
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.config import EagleAlgorithm, TrainingConfig, eagle_preset
 from mcore_spec.conversion import convert
-from mcore_spec.data.batch import Batch, Document, make_batch
+from mcore_spec.data.batch import Batch, Batches, Document, make_batch
+from mcore_spec.data.hidden_states import StatesStore
+from mcore_spec.data.hidden_states.batches import StoredBatches
 from mcore_spec.data.noise import draw_noise_key
 from mcore_spec.data.seeds import RandomUse, random_state
 from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.parallel.sharding import Shard, gather_whole, sharded_tensors
 from mcore_spec.training.optimizer import DraftOptimizer
-from mcore_spec.training.step import DraftStep
+from mcore_spec.training.step import DraftStep, MakeFeatures
 from mcore_spec.training.totals import Totals
 from tests.tiny import VOCAB_SIZE, draft_to_target, drawn, fill, import_base
 
@@ -164,6 +168,7 @@ def batches(model: GPTModel, step: DraftStep, case: Case) -> Iterator[Batch]:
             [every[index] for index in cut] or [empty],
             mixing=[mixing_state(index) for index in cut or (4,)] if case.mixes_states else None,
             noise_keys=[noise_key(index) for index in cut or (4,)] if case.noise else None,
+            numbers=cut or (4,),
             num_steps=step.num_steps,
             document_multiple=step.document_multiple,
             row_multiple=step.row_multiple,
@@ -172,21 +177,42 @@ def batches(model: GPTModel, step: DraftStep, case: Case) -> Iterator[Batch]:
         )
 
 
+class OneStep(NamedTuple):
+    """The batches of one optimizer step, as a trainer asks for them."""
+
+    made: list[Batch]
+
+    def micro_batches(self, index: int) -> Iterator[Batch]:
+        return iter(self.made if index == 0 else ())
+
+
 def gradients(
-    *, layout: Layout, directory: Path, names: Sequence[str], cases: Mapping[str, Case] | None = None
+    *,
+    layout: Layout,
+    directory: Path,
+    names: Sequence[str],
+    cases: Mapping[str, Case] | None = None,
+    store: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Each of the named cases: the reduced totals, and every whole gradient where the draft lives."""
+    """Each of the named cases: the reduced totals, and every whole gradient where the draft lives.
+
+    Without a `store` the base runs; with one its hidden states are read there.
+    """
     found = {}
+    make_features: MakeFeatures = LiveFeatures if store is None else partial(StoredFeatures, last_is_normed=True)
     with parallel_runtime(layout):
         for name in names:
             case = (cases or CASES)[name]
             model = converted(directory, layout, case)
             before = checksum(model)
-            step = DraftStep(model, recompute=case.recompute)
+            step = DraftStep(model, recompute=case.recompute, make_features=make_features)
+            made: Batches = OneStep(list(batches(model, step, case)))
+            if store is not None and step.base.is_last_stage:
+                made = StoredBatches(made, StatesStore(store), aux_layer_ids=step.task.aux_layer_ids)
             optimizer = DraftOptimizer(model, TrainingConfig(data_path=("x",), train_iters=1), num_iterations=1)
             optimizer.zero_grad()
             totals = Totals.zeros(step.num_steps, device=torch.device("cpu"), num_regressed=step.task.num_regressed)
-            for batch in batches(model, step, case):
+            for batch in made.micro_batches(0):
                 output = step(batch)
                 if output is not None:
                     output.loss.backward()

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from mcore_spec.data.json_lines import GrowingFile
 from mcore_spec.data.prompts import Prompt
 from mcore_spec.errors import ConfigError
-from mcore_spec.synthesis.json_lines import GrowingFile
 from mcore_spec.synthesis.output import ConversationFile
 from tests.unit.data_cases import talk
 

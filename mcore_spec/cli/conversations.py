@@ -1,0 +1,98 @@
+"""The conversations of a command that runs a base over them, tokenised once for all ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mcore_spec.checkpoint.store import Checkpoint
+from mcore_spec.cli.terminal import say
+from mcore_spec.config import BaseArchitecture, DataConfig
+from mcore_spec.data.chat import ChatEncoder, check_same_vocabulary, load_tokenizer
+from mcore_spec.data.hidden_states import StatesStore
+from mcore_spec.data.store import TokenStore, build_token_store
+from mcore_spec.errors import CheckpointError, ConfigError
+from mcore_spec.parallel.layout import run_on_rank_zero
+
+
+def check_seq_length(config: DataConfig, base: BaseArchitecture) -> None:
+    """Refuse samples that the base has no positions for.
+
+    Raises:
+        ConfigError: names both.
+    """
+    if config.seq_length > base.max_position_embeddings:
+        raise ConfigError(
+            f"--seq-length {config.seq_length} is above the base's {base.max_position_embeddings} positions; lower it"
+        )
+
+
+def read_conversations(
+    config: DataConfig, base: BaseArchitecture, tokenizer: str | Path, *, cache_dir: Path
+) -> TokenStore:
+    """The tokenised conversations, made unless they are in the cache; what went in is said.
+
+    Args:
+        config: where they are.
+        base: whose vocabulary the tokenizer must have.
+        tokenizer: its directory or hub id.
+        cache_dir: where they are kept, unless the configuration says.
+
+    Raises:
+        ConfigError: what `build_token_store` refuses, or samples longer than the base's positions.
+    """
+    check_seq_length(config, base)
+    store = build_token_store(
+        config.data_path,
+        tokenizer,
+        cache_dir=cache_dir if config.data_cache_path is None else Path(config.data_cache_path),
+        seq_length=config.seq_length,
+        on_bad_line=config.on_bad_line,
+        vocab_size=base.vocab_size,
+    )
+    counts = store.counts
+    say(
+        f"data: {counts.documents:,} conversations, {counts.tokens:,} tokens, {counts.masked_tokens:,} of them the "
+        f"model's; {counts.truncated:,} truncated at --seq-length, {counts.empty:,} without a token of the model's "
+        f"left out, {counts.skipped:,} unreadable left out"
+    )
+    for reason in counts.skip_reasons:
+        say(f"  left out: {reason}")
+    return store
+
+
+def check_tokenizer_of(store: StatesStore, tokenizer: str | Path | None) -> None:
+    """Refuse a store whose conversations another tokenizer or chat template made.
+
+    Args:
+        store: of hidden states.
+        tokenizer: directory or hub id; ``None``: there is none to compare with.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    if tokenizer is None:
+        return
+    here, there = ChatEncoder(load_tokenizer(tokenizer)).fingerprint(), store.description.tokenizer_fingerprint
+    if here != there:
+        raise CheckpointError(
+            f"offline_distillation_data = {store.directory}: its conversations were made with another tokenizer or "
+            f"chat template: its fingerprint is {there}, that of {tokenizer} {here}; extract with this checkpoint"
+        )
+
+
+def choose_tokenizer(checkpoint: Checkpoint, given: str | None) -> str:
+    """The tokenizer that is named, if it has the base's vocabulary, or else the one that came with the base.
+
+    Raises:
+        ConfigError: there is neither, or another vocabulary.
+    """
+    tokenizer = checkpoint.choose_tokenizer(given)
+    run_on_rank_zero(lambda: _check_tokenizer(given, checkpoint))
+    return tokenizer
+
+
+def _check_tokenizer(given: str | None, checkpoint: Checkpoint) -> None:
+    """Compare another tokenizer with the one that came with the base, if one did."""
+    own = checkpoint.tokenizer_path
+    if given is not None and any(own.glob("*")):
+        check_same_vocabulary(load_tokenizer(given), load_tokenizer(own), f"--tokenizer-model {given}")

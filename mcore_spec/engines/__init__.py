@@ -1,0 +1,1 @@
+"""Inference engines as what computes the hidden states of a base: vLLM and TensorRT-LLM."""

@@ -1,0 +1,113 @@
+"""vLLM as what runs the base: its hidden-state extraction (`extract_hidden_states`), tried with 0.32.
+
+vLLM counts boundaries: state i is what enters layer i, and state L (the number of layers) is what leaves the last
+one. All stand before the final norm. A prompt's states are kept in a cache of their own beside keys and values,
+and handed to a connector when the request ends, behind one sampled token.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mcore_spec.data.foreign_states.form import to_boundary_ids
+from mcore_spec.data.foreign_states.speculators_hs import read_captured
+from mcore_spec.engines.extract import Captured
+from mcore_spec.errors import ConfigError
+
+_CONNECTOR_MODULE, _CONNECTOR = "mcore_spec.engines.vllm_connector", "StatesConnector"
+HOW = (
+    "vLLM is not importable here: run this with an interpreter that has it and this package on PYTHONPATH "
+    "(`bash tools/vllm_environment.sh` makes one on a machine without a GPU)"
+)
+
+
+class VllmEngine:
+    """A vLLM engine that gives hidden states of prompts.
+
+    Attributes:
+        last_is_normed: they stand before the final norm.
+    """
+
+    last_is_normed = False
+
+    def __init__(
+        self,
+        base: Path,
+        *,
+        num_layers: int,
+        aux_layer_ids: Sequence[int],
+        scratch: Path,
+        max_tokens: int,
+        dtype: str,
+        tensor_parallel_size: int = 1,
+    ) -> None:
+        """Load the base.
+
+        Args:
+            base: its Hugging Face directory.
+            num_layers: of the base.
+            aux_layer_ids: 0-based, by output, ascending.
+            scratch: directory for what is captured, until it is read; emptied now.
+            max_tokens: of a prompt.
+            dtype: of the base and of its states: float32, bfloat16, float16, or auto.
+            tensor_parallel_size: GPUs.
+
+        Raises:
+            ConfigError: vLLM is not installed.
+        """
+        try:
+            from vllm import LLM, SamplingParams
+        except ImportError as error:
+            raise ConfigError(f"{HOW} ({error})") from error
+        self._aux_layer_ids = tuple(aux_layer_ids)
+        self._scratch = scratch
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        self._sampling = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+        # The last layer may be an aux layer too; it is kept once.
+        states = sorted({*to_boundary_ids(self._aux_layer_ids), num_layers})
+        self._engine: Any = LLM(
+            model=str(base),
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel_size,
+            enforce_eager=True,
+            # One more for the token that ends the request.
+            max_model_len=max_tokens + 1,
+            # A prefix that is taken from the cache would not run through the layers.
+            enable_prefix_caching=False,
+            speculative_config={
+                "method": "extract_hidden_states",
+                "num_speculative_tokens": 1,
+                "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": states}},
+            },
+            kv_transfer_config={
+                "kv_connector": _CONNECTOR,
+                "kv_connector_module_path": _CONNECTOR_MODULE,
+                "kv_role": "kv_producer",
+                "kv_connector_extra_config": {
+                    "shared_storage_path": str(scratch.resolve()),
+                    # A file is whole before its request ends.
+                    "use_synchronization_lock": False,
+                },
+            },
+        )
+
+    def capture(self, conversations: Sequence[list[int]]) -> Iterator[Captured]:
+        """See `Engine`."""
+        prompts = [{"prompt_token_ids": token_ids} for token_ids in conversations]
+        outputs = self._engine.generate(prompts, self._sampling, use_tqdm=False)
+        for token_ids, output in zip(conversations, outputs, strict=True):
+            path = Path((output.kv_transfer_params or {}).get("hidden_states_path", ""))
+            captured = read_captured(path)
+            if captured.token_ids.tolist() != token_ids:
+                raise ConfigError(f"vLLM returned states of other tokens than it was given ({path}); see its log")
+            states = captured.hidden_states
+            yield Captured(states[:, : len(self._aux_layer_ids)], states[:, -1])
+            path.unlink()
+
+    def close(self) -> None:
+        """Remove the scratch directory."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
