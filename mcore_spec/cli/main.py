@@ -20,6 +20,7 @@ from mcore_spec.cli.arguments import ConvertArguments, ExportArguments, flag_of
 from mcore_spec.cli.evaluation_arguments import GenerateArguments, ValidateArguments
 from mcore_spec.cli.parser import Section, parse_arguments, suggest
 from mcore_spec.cli.plan_arguments import PlanArguments
+from mcore_spec.cli.quantization_arguments import QuantizeArguments
 from mcore_spec.cli.synthesis_arguments import PreparePromptsArguments, SynthesizeArguments
 from mcore_spec.cli.terminal import say, say_error
 from mcore_spec.cli.training_arguments import DraftVocabArguments, FinetuneArguments
@@ -86,6 +87,12 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             FinetuneArguments,
             "Train the draft of a converted checkpoint on conversations.",
             "mcore_spec.cli.finetune:run",
+            "save",
+        ),
+        "quantize": Command(
+            QuantizeArguments,
+            "Quantise base and draft: FP8 or INT8, with scales found on conversations.",
+            "mcore_spec.cli.quantize:run",
             "save",
         ),
         "plan": Command(

@@ -17,8 +17,8 @@ from mcore_spec.parallel.tensor_parallel import SEQUENCE_DIM, TensorParallel
 
 
 def teacher_rows(features: Features, documents: Documents, tp: TensorParallel) -> Tensor:
-    """The base's last hidden states of the whole row, [rows, h]; its logits are computed block by block."""
-    last = features.last
+    """The teacher's last hidden states of the whole row, [rows, h]; its logits are computed block by block."""
+    last = features.last if features.teacher is None else features.teacher
     if tp.sequence_parallel:
         last = gather_without_grad(last, SEQUENCE_DIM, tp.group)
     return documents.join(last, with_grad=False)[:, 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from mcore_spec.parallel.collectives import Group, gather_without_grad
 from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.sharding import sharded_tensors
 from mcore_spec.parallel.tensor_parallel import SEQUENCE_DIM
+from mcore_spec.quantization.installed import quantization_of, unquantized
+
+Teacher: TypeAlias = Literal["as_loaded", "unquantized"]
 
 
 class LinearRows(NamedTuple):
@@ -43,22 +46,25 @@ class BaseRun(NamedTuple):
 class DraftStep:
     """The loss of a converted model on a batch. Holds what does not change between batches."""
 
-    def __init__(self, model: GPTModel, *, recompute: bool = False) -> None:
+    def __init__(self, model: GPTModel, *, recompute: bool = False, teacher: Teacher = "as_loaded") -> None:
         """Look at the conversion.
 
         Args:
             model: this rank's part, converted.
             recompute: compute the activations of each step again in backward.
+            teacher: "unquantized": of a quantised base, what it was before is the teacher.
 
         Raises:
-            ConfigError: a model without a draft.
+            ConfigError: a model without a draft, or an unquantised teacher of a model that is not quantised.
             UnsupportedError: a draft or an option whose training is not built.
         """
         conversion = conversion_of(model)
         if conversion is None:
             raise ConfigError("the model has no draft; attach one first (convert)")
+        if teacher == "unquantized" and quantization_of(model) is None:
+            raise ConfigError("teacher = unquantized, but the model is not quantised; leave it out")
         self.task = find_algorithm(conversion.algorithm).task(conversion.config)
-        self.base = MegatronBase(model)
+        self.base, self.teacher = MegatronBase(model), teacher
         self.context_group: Group = model.pg_collection.cp
         self.draft = self.base.draft()
         self.objective: Objective | None = None
@@ -112,7 +118,13 @@ class DraftStep:
     def _run_base(self, batch: Batch) -> BaseRun:
         """Every stage of the model takes part."""
         documents = Documents(batch.bounds, lengths=batch.lengths, group=self.context_group)
-        features = self.base.features(batch.token_ids[None], aux_layer_ids=self.task.aux_layer_ids, documents=documents)
+        token_ids = batch.token_ids[None]
+        features = self.base.features(token_ids, aux_layer_ids=self.task.aux_layer_ids, documents=documents)
+        if self.teacher == "unquantized":
+            with unquantized(self.base.model):
+                before = self.base.features(token_ids, documents=documents)
+            if features is not None and before is not None:
+                features = features._replace(teacher=before.last)
         return BaseRun(documents, features)
 
 

@@ -111,7 +111,7 @@ class Trainer:
         self.save_directory, self.num_iterations, self.global_batch_size = save, num_iterations, global_batch_size
         self.tokenizer_files = tokenizer_files or []
         run_on_every_rank(lambda: _check_finite(model))
-        self.step = DraftStep(model, recompute=config.recompute_granularity == "draft")
+        self.step = DraftStep(model, recompute=config.recompute_granularity == "draft", teacher=config.teacher)
         check_linear_start(self.step.task, num_batches=config.fit_start)
         self.data = make_data(model, self.step)
         self.acceptance: AcceptanceCheck | None = None
