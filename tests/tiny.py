@@ -97,8 +97,10 @@ def fill(draft: nn.Module, tp: TensorParallel) -> None:
         state[name].copy_(values)
 
 
-def write_hf_model(directory: Path, model_type: str, *, tied: bool, dtype: torch.dtype = torch.float64) -> Path:
-    """A Hugging Face directory of the tiny base with drawn weights, by transformers' own classes."""
+def write_hf_model(
+    directory: Path, model_type: str, *, tied: bool, dtype: torch.dtype = torch.float64, **changes: int
+) -> Path:
+    """A Hugging Face directory of the tiny base with drawn weights, by transformers' own classes; sizes may change."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {
@@ -120,6 +122,7 @@ def write_hf_model(directory: Path, model_type: str, *, tied: bool, dtype: torch
             "tie_word_embeddings": tied,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             **sizes,
+            **changes,
         },
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)

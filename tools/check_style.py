@@ -29,12 +29,15 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     # Sizes of a run, reckoned without torch; and how models are cut over ranks.
     ("planning", "parallel"),
     ("layers", "losses", "data"),
-    ("drafts", "quantization", "synthesis"),
+    ("drafts", "synthesis"),
     ("bases",),
     ("objectives",),
     ("hosting",),
     ("conversion",),
-    ("weights", "checkpoint"),
+    ("weights",),
+    # Put on models from outside: neither bases nor drafts know of it.
+    ("quantization",),
+    ("checkpoint",),
     ("export", "evaluation", "engines"),
     # Where the rooms meet; the others reach it through `config.ALGORITHMS` alone.
     ("algorithms",),

@@ -23,4 +23,4 @@ def plan_eagle1(draft: Eagle1Draft, record: CheckpointRecord, export_format: Exp
         "architectures": ["LlamaForCausalLM"],
         **llama_config(architecture, record, num_layers=architecture.num_hidden_layers),
     }
-    return ExportPlan(config=config, table=NAMES, serve=serving_commands("eagle"))
+    return ExportPlan(config=config, table=NAMES, serve=serving_commands("eagle"), can_be_quantized=True)

@@ -122,6 +122,7 @@ def _plan_hf(draft: Eagle3Draft, record: CheckpointRecord) -> ExportPlan:
         base_head="lm_head.weight" if draft.lm_head is None else None,
         serve=serve,
         extra_files={"extra_llm_api.yaml": _tensorrt_llm_yaml(draft, record.base)},
+        can_be_quantized=True,
         remarks=tuple(remarks),
     )
 

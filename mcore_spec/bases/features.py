@@ -18,14 +18,16 @@ class Features(NamedTuple):
         aux: outputs of the aux layers in layer order, joined on the last dimension, [s or s/tp, b, n h];
             ``None`` where none were asked for.
         last: the last layer's output after the final norm, [s or s/tp, b, h].
+        teacher: the same of another pass, whose distribution the draft is to learn; ``None``: `last` is it.
     """
 
     aux: Tensor | None
     last: Tensor
+    teacher: Tensor | None = None
 
     def detached(self) -> Features:
         """The same states, through which no gradient flows into the base."""
-        return Features(aux=None if self.aux is None else self.aux.detach(), last=self.last.detach())
+        return self._replace(aux=None if self.aux is None else self.aux.detach(), last=self.last.detach())
 
 
 class FeatureSource(Protocol):

@@ -9,6 +9,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mcore_spec.config import BaseArchitecture, BaseIdentity, StrictConfig
+from mcore_spec.config.quantization import QuantizationRecord
 
 FORMAT_VERSION = 1
 # Beginnings of the names that a Megatron-LM checkpoint holds besides the model's.
@@ -49,3 +50,4 @@ class CheckpointRecord(StrictConfig):
     conversion: ConversionRecord | None
     packages: dict[str, str]
     training: dict[str, Any] | None = None
+    quantization: QuantizationRecord | None = None

@@ -40,6 +40,7 @@ from mcore_spec.config import BaseArchitecture, BaseIdentity, StrictConfig
 from mcore_spec.conversion import attach, conversion_of, find_algorithm, reads_tokens
 from mcore_spec.errors import CheckpointError, ConfigError
 from mcore_spec.parallel.layout import Layout, run_on_rank_zero
+from mcore_spec.quantization.installed import install, quantization_of
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RECORD = "mcore_spec.json"
@@ -130,13 +131,14 @@ def read_record(path: Path) -> CheckpointRecord:
 
 def make_record(model: GPTModel, identity: BaseIdentity) -> CheckpointRecord:
     """The record of a live model."""
-    conversion = conversion_of(model)
+    conversion, quantization = conversion_of(model), quantization_of(model)
     return CheckpointRecord(
         base=describe(model),
         identity=identity,
         conversion=conversion
         and ConversionRecord(algorithm=conversion.algorithm, config=conversion.config.model_dump(mode="json")),
         packages={name: metadata.version(name) for name in _RECORDED_PACKAGES},
+        quantization=quantization and quantization.record,
     )
 
 
@@ -262,7 +264,7 @@ def _sync(path: Path) -> None:
 def load_checkpoint(
     checkpoint: Checkpoint, layout: Layout, *, transformer_impl: TransformerImpl = "local"
 ) -> BaseGPTModel:
-    """Build the base in `layout`, attach the recorded draft, fill both; all ranks take part.
+    """Build the base in `layout`, attach the recorded draft, quantise as recorded, fill all; all ranks take part.
 
     Raises:
         CheckpointError: tensors missing or left over.
@@ -274,7 +276,7 @@ def load_checkpoint(
 
 
 def restore(model: GPTModel, checkpoint: Checkpoint) -> None:
-    """Re-run the recorded conversion on `model`, a bare base, and fill base and draft.
+    """Re-run the recorded conversion on `model`, a bare base, quantise it as recorded, and fill it.
 
     Raises:
         CheckpointError: a checkpoint of another base, tensors missing or left over.
@@ -286,6 +288,8 @@ def restore(model: GPTModel, checkpoint: Checkpoint) -> None:
         attach(base, record.conversion.algorithm, _recorded_config(record.conversion, checkpoint.path / RECORD))
         if reads_tokens(model) and base.needs_embedding_copy():
             base.add_last_stage_embedding(torch.empty_like(base.head_weight()))
+    if record.quantization is not None:
+        install(model, record.quantization)
     loaded = _load({"model": model_state(model)}, checkpoint.path, ignored=NOT_MODEL)
     model.load_state_dict(loaded["model"])
     _zero_vocabulary_padding(base)

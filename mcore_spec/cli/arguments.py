@@ -23,6 +23,7 @@ from mcore_spec.config import (
     StrictConfig,
     suggest,
 )
+from mcore_spec.config.quantization import QuantFormat
 from mcore_spec.planning.hardware import GPUS
 
 _MEDUSA = MedusaConfig()
@@ -225,5 +226,9 @@ class ExportArguments(ParallelArguments):
     )
     export_extra_modules: bool = Field(
         False, description="Write the draft alone; off: the base model, and the draft below it in draft/."
+    )
+    export_quant_format: QuantFormat | None = Field(
+        None,
+        description="Of a quantised checkpoint: whose form scales and their declaration have. Default: modelopt.",
     )
     overwrite: bool = Field(False, description="Replace an earlier export in --export-dir.")

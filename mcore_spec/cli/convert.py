@@ -123,6 +123,11 @@ def _find_source(arguments: ConvertArguments) -> Source:
                 f"load = {arguments.load} has a draft already ({checkpoint.record.conversion.algorithm}); "
                 "convert the base it was made from"
             )
+        if checkpoint.record.quantization is not None:
+            raise CheckpointError(
+                f"load = {arguments.load} is quantised ({checkpoint.record.quantization.recipe.name}): convert the "
+                "checkpoint that it was made from, and quantise base and draft together then"
+            )
         files = sorted(checkpoint.tokenizer_path.glob("*")) if checkpoint.tokenizer_path.is_dir() else []
         return Source(_with_dtype(checkpoint.record, arguments), checkpoint.path, files)
     assert arguments.pretrained_model_path is not None

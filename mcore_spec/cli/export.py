@@ -14,6 +14,7 @@ from mcore_spec.errors import CheckpointError
 from mcore_spec.export.base import export_base_and_draft
 from mcore_spec.export.directory import check_export_directory
 from mcore_spec.export.draft import export_draft
+from mcore_spec.export.quantized import check_form
 from mcore_spec.parallel.layout import parallel_runtime, run_on_rank_zero
 
 
@@ -29,6 +30,7 @@ def run(arguments: ExportArguments) -> None:
                 f"load = {arguments.load} has no draft; convert it first, or leave "
                 f"{' and '.join(flag_of(field) for field in sorted(asked))} out"
             )
+        check_form(checkpoint.record, arguments.export_quant_format)
         run_on_rank_zero(lambda: check_export_directory(directory, overwrite=arguments.overwrite))
         model = load_checkpoint(checkpoint, layout, transformer_impl=arguments.transformer_impl)
         if arguments.export_extra_modules:
@@ -38,6 +40,7 @@ def run(arguments: ExportArguments) -> None:
                 directory,
                 export_format=arguments.export_format,
                 overwrite=arguments.overwrite,
+                quant_format=arguments.export_quant_format,
             )
         else:
             export_base_and_draft(
@@ -47,6 +50,7 @@ def run(arguments: ExportArguments) -> None:
                 tokenizer_path=checkpoint.tokenizer_path,
                 export_format=arguments.export_format,
                 overwrite=arguments.overwrite,
+                quant_format=arguments.export_quant_format,
             )
         say(f"exported {directory} ({describe(arguments, checkpoint, model)})")
 
@@ -56,5 +60,7 @@ def describe(arguments: ExportArguments, checkpoint: Checkpoint, model: BaseGPTM
     conversion = conversion_of(model)
     parts = [] if arguments.export_extra_modules else ["base"]
     parts += [] if conversion is None else [conversion.draft_class.label]
+    quantization = checkpoint.record.quantization
+    recipe = "" if quantization is None else f", {quantization.recipe.name}"
     name = checkpoint.path.name
-    return f"{name if name == 'release' else f'iteration {checkpoint.iteration}'}, {' and '.join(parts)}"
+    return f"{name if name == 'release' else f'iteration {checkpoint.iteration}'}, {' and '.join(parts)}{recipe}"

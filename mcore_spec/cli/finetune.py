@@ -153,7 +153,9 @@ def _with_fit_start(
     is_resumed: bool,
 ) -> FinetuneArguments:
     """--fit-start as a number: by default what a draft needs that was not trained yet."""
-    num_batches, is_trained = arguments.fit_start, record.training is not None
+    # Behind a calibration the scales are those of the weights that it saw.
+    num_batches = arguments.fit_start
+    is_trained = record.training is not None or record.quantization is not None
     if num_batches is None:
         num_rows = 0 if is_trained else num_default_rows(task, record.base)
         num_batches = conversations.num_fit_batches(num_rows=num_rows)
@@ -240,9 +242,31 @@ def _find_start(arguments: FinetuneArguments) -> Start:
             f"save = {save} holds a run that trains another draft than the one in --load {arguments.load}; choose "
             "another directory"
         )
+    _check_quantization(arguments, given.record, start.record)
     base = start.record.base.model_copy(update={"dtype": dtype})
     record = start.record.model_copy(update={"base": base})
     return Start(start._replace(record=record), is_resumed)
+
+
+def _check_quantization(arguments: FinetuneArguments, given: CheckpointRecord, start: CheckpointRecord) -> None:
+    """Refuse what does not go with a quantised base, or with one that is not.
+
+    Raises:
+        CheckpointError: a run on another quantisation is to be resumed.
+        ConfigError: weights with scales would be replaced, or there is no other teacher.
+    """
+    if start.quantization != given.quantization:
+        raise CheckpointError(
+            f"save = {arguments.save} holds a run on another quantisation than that of --load {arguments.load}; choose "
+            "another directory"
+        )
+    if given.quantization is not None and arguments.fit_start:
+        raise ConfigError(
+            f"--fit-start {arguments.fit_start} would replace weights that --load {arguments.load} has scales for: "
+            "leave it out, or train first and quantise then"
+        )
+    if given.quantization is None and arguments.teacher == "unquantized":
+        raise ConfigError(f"--teacher unquantized: --load {arguments.load} is not quantised; leave it out")
 
 
 def _global_batch_size(arguments: FinetuneArguments, *, num_data: int) -> int:

@@ -22,6 +22,7 @@ from mcore_spec.cli.evaluation_arguments import GenerateArguments, ValidateArgum
 from mcore_spec.cli.extract_arguments import ExtractArguments
 from mcore_spec.cli.parser import Section, parse_arguments, suggest
 from mcore_spec.cli.plan_arguments import PlanArguments
+from mcore_spec.cli.quantization_arguments import QuantizeArguments
 from mcore_spec.cli.states_arguments import HiddenStatesArguments
 from mcore_spec.cli.synthesis_arguments import PreparePromptsArguments, SynthesizeArguments
 from mcore_spec.cli.terminal import say, say_error
@@ -108,6 +109,12 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "Bring a store of hidden states into another tool's form, or theirs into ours.",
             "mcore_spec.cli.hidden_states:run",
             "output_dir",
+        ),
+        "quantize": Command(
+            QuantizeArguments,
+            "Quantise base and draft: FP8 or INT8, with scales found on conversations.",
+            "mcore_spec.cli.quantize:run",
+            "save",
         ),
         "plan": Command(
             PlanArguments,

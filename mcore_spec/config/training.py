@@ -71,6 +71,11 @@ class TrainingConfig(DataConfig):
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second decay rate.")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     bf16: bool = Field(False, description="Compute in bfloat16 with float32 main weights; without it in float32.")
+    teacher: Literal["as_loaded", "unquantized"] = Field(
+        "as_loaded",
+        description="Whose distribution the draft learns, on a quantised base: the base's as it is loaded, which an "
+        "engine will verify with, or the base's before quantisation, in a second forward pass.",
+    )
     recompute_granularity: Literal["none", "draft"] = Field(
         "none", description="draft: forget the activations of the draft's steps and compute them again backward."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from megatron.core.models.gpt import GPTModel
 
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.record import CheckpointRecord
+from mcore_spec.config.quantization import QuantFormat
 from mcore_spec.export.directory import atomic_directory
 from mcore_spec.export.draft import plan_draft, write_draft
 from mcore_spec.export.plan import FORMATS_WITH_BASE, ExportFormat, exported_record
+from mcore_spec.export.quantized import DEFAULT_FORM, check_form, quantized_base
 from mcore_spec.parallel.collectives import group_rank
 from mcore_spec.parallel.layout import run_on_every_rank, run_on_rank_zero
 from mcore_spec.weights.hf_config import to_hf_config
@@ -32,6 +35,7 @@ def export_base_and_draft(
     tokenizer_path: Path,
     export_format: ExportFormat = "hf",
     overwrite: bool = False,
+    quant_format: QuantFormat | None = None,
 ) -> None:
     """Write weights, configuration and tokenizer of the base, and its draft, if any, below; all ranks take part.
 
@@ -42,25 +46,32 @@ def export_base_and_draft(
         tokenizer_path: directory of the tokenizer's files, copied as they are.
         export_format: of the draft.
         overwrite: replace an earlier export.
+        quant_format: whose form the scales of a quantised model have; ``None``: ModelOpt's.
 
     Raises:
+        ConfigError: a form of scales where there are none.
         UnsupportedError: a draft that would not serve, or a base that Hugging Face's classes cannot say.
         OSError: writing failed; on every rank.
     """
     record = exported_record(record)
     config = base_config(record)
+    check_form(record, quant_format)
     has_draft = record.conversion is not None
-    plan = plan_draft(model, record, export_format) if has_draft else None
+    planned = plan_draft(model, record, export_format, quant_format=quant_format) if has_draft else None
+    quantized = quantized_base(model, record, quant_format or DEFAULT_FORM)
+    encodings = quantized.encodings
     is_writing = group_rank(model.pg_collection.dp_cp) == 0
     with atomic_directory(directory, record=record, overwrite=overwrite) as partial:
-        run_on_every_rank(lambda: export_base(MegatronBase(model), partial) if is_writing else None)
-        run_on_rank_zero(lambda: _write_files(partial, config, tokenizer_path))
+        run_on_every_rank(
+            lambda: export_base(MegatronBase(model), partial, encodings=encodings) if is_writing else None
+        )
+        run_on_rank_zero(lambda: _write_files(partial, {**config, **quantized.config}, tokenizer_path, quantized.files))
         if has_draft and export_format in FORMATS_WITH_BASE:
-            write_draft(model, record, plan, partial, with_base=True)
+            write_draft(model, record, planned, partial, with_base=True)
             run_on_rank_zero(lambda: _add_to_index(partial))
         elif has_draft:
             run_on_rank_zero(lambda: (partial / DRAFT).mkdir())
-            write_draft(model, record, plan, partial / DRAFT)
+            write_draft(model, record, planned, partial / DRAFT)
 
 
 def base_config(record: CheckpointRecord) -> dict[str, Any]:
@@ -72,11 +83,13 @@ def base_config(record: CheckpointRecord) -> dict[str, Any]:
     return {**config, **dtypes}
 
 
-def _write_files(directory: Path, config: dict[str, Any], tokenizer_path: Path) -> None:
+def _write_files(directory: Path, config: dict[str, Any], tokenizer_path: Path, further: Mapping[str, str]) -> None:
     if tokenizer_path.is_dir():
         for file in tokenizer_path.iterdir():
             shutil.copy2(file, directory / file.name)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name, text in further.items():
+        (directory / name).write_text(text)
 
 
 def _add_to_index(directory: Path) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from mcore_spec.bases.base import Base
 from mcore_spec.checkpoint.record import CheckpointRecord
+from mcore_spec.config.quantization import QuantFormat
 from mcore_spec.conversion import as_base, conversion_of, find_algorithm
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import ConfigError
 from mcore_spec.export.card import model_card
 from mcore_spec.export.directory import atomic_directory
 from mcore_spec.export.plan import FORMATS_WITH_BASE, ExportFormat, ExportPlan, PlannedTensors, exported_record
+from mcore_spec.export.quantized import DEFAULT_FORM, UNQUANTIZED, QuantizedExport, check_form, quantized_draft
 from mcore_spec.parallel.layout import run_on_every_rank
 from mcore_spec.weights.safetensors_io import BESIDE_BASE_NAME, write_tensors
 
@@ -27,6 +31,7 @@ def export_draft(
     *,
     export_format: ExportFormat = "hf",
     overwrite: bool = False,
+    quant_format: QuantFormat | None = None,
 ) -> None:
     """Write the draft of `model` as a directory for inference engines; all ranks take part.
 
@@ -36,9 +41,11 @@ def export_draft(
         directory: where to write.
         export_format: engines' Hugging Face form, or `speculators`'.
         overwrite: replace an earlier export.
+        quant_format: whose form the scales of a quantised draft have; ``None``: ModelOpt's.
 
     Raises:
-        ConfigError: a model without a draft, a format that holds the base too, or a directory that is in the way.
+        ConfigError: a model without a draft, a format that holds the base too, a directory that is in the way, or a
+            form of scales where there are none.
         UnsupportedError: a draft that would not serve.
     """
     if export_format in FORMATS_WITH_BASE:
@@ -47,18 +54,32 @@ def export_draft(
             "--export-extra-modules out)"
         )
     record = exported_record(record)
-    write_planned(model, record, plan_draft(model, record, export_format), directory, overwrite=overwrite)
+    planned = plan_draft(model, record, export_format, quant_format=quant_format)
+    write_planned(model, record, planned, directory, overwrite=overwrite)
 
 
 def write_planned(
-    model: nn.Module, record: CheckpointRecord, plan: ExportPlan | None, directory: Path | str, *, overwrite: bool
+    model: nn.Module, record: CheckpointRecord, planned: PlannedDraft | None, directory: Path | str, *, overwrite: bool
 ) -> None:
     """Write a planned draft whole or not at all; all ranks take part."""
     with atomic_directory(Path(directory), record=record, overwrite=overwrite) as partial:
-        write_draft(model, record, plan, partial)
+        write_draft(model, record, planned, partial)
 
 
-def plan_draft(model: nn.Module, record: CheckpointRecord, export_format: ExportFormat) -> ExportPlan | None:
+class PlannedDraft(NamedTuple):
+    """What is written of a draft, and how."""
+
+    plan: ExportPlan
+    quantized: QuantizedExport = UNQUANTIZED
+
+
+def plan_draft(
+    model: nn.Module,
+    record: CheckpointRecord,
+    export_format: ExportFormat,
+    *,
+    quant_format: QuantFormat | None = None,
+) -> PlannedDraft | None:
     """What to write, before anything is created: a draft that does not serve leaves no trace.
 
     Returns:
@@ -72,19 +93,32 @@ def plan_draft(model: nn.Module, record: CheckpointRecord, export_format: Export
     if conversion is None:
         raise ConfigError("the checkpoint has no draft; convert it first, or leave --export-extra-modules out")
     draft = as_base(model).draft()
-    plan = find_algorithm(conversion.algorithm).plan
-    return run_on_every_rank(lambda: None if draft is None else plan(draft, record, export_format))
+    make_plan = find_algorithm(conversion.algorithm).plan
+    check_form(record, quant_format)
+
+    def plan() -> PlannedDraft | None:
+        if draft is None:
+            return None
+        made = make_plan(draft, record, export_format)
+        return PlannedDraft(made, quantized_draft(model, draft, made, record, quant_format or DEFAULT_FORM))
+
+    return run_on_every_rank(plan)
 
 
 def write_draft(
-    model: nn.Module, record: CheckpointRecord, plan: ExportPlan | None, directory: Path, *, with_base: bool = False
+    model: nn.Module,
+    record: CheckpointRecord,
+    planned: PlannedDraft | None,
+    directory: Path,
+    *,
+    with_base: bool = False,
 ) -> None:
     """Write the planned files; all ranks take part.
 
     Args:
         model: converted; of a `GPTModel` this rank's part.
         record: base and conversion.
-        plan: of the draft.
+        planned: of the draft.
         directory: exists.
         with_base: the base's files are there: the tensors come into a file of their own, and the plan's configuration
             into the base's.
@@ -96,26 +130,27 @@ def write_draft(
     draft = base.draft()
 
     def write() -> None:
-        if draft is not None and plan is not None and base.is_writer:
-            _write(directory, plan, draft, base, record, with_base=with_base)
+        if draft is not None and planned is not None and base.is_writer:
+            _write(directory, planned, draft, base, record, with_base=with_base)
 
     run_on_every_rank(write)
 
 
 def _write(
-    directory: Path, plan: ExportPlan, draft: Draft, base: Base, record: CheckpointRecord, *, with_base: bool
+    directory: Path, planned: PlannedDraft, draft: Draft, base: Base, record: CheckpointRecord, *, with_base: bool
 ) -> None:
-    tensors = PlannedTensors(plan, draft, base)
+    plan, quantized = planned
+    tensors = PlannedTensors(plan, draft, base, quantized.encodings)
     specs = tensors.specs()
     file = directory / (BESIDE_BASE_NAME if with_base else plan.weights_file)
     write_tensors(file if draft.tp.rank == 0 else None, specs, tensors.gather())
     if draft.tp.rank > 0:
         return
-    num_parameters = sum(math.prod(spec.shape) for spec in specs if spec.dtype.is_floating_point)
+    num_parameters = sum(math.prod(spec.shape) for spec in specs if spec.dtype is not torch.int64)
     card = model_card(plan, record, algorithm=draft.label, num_parameters=num_parameters)
     (directory / "README.md").write_text(card)
-    for name, text in plan.extra_files.items():
+    for name, text in {**plan.extra_files, **quantized.files}.items():
         (directory / name).write_text(text)
     path = directory / "config.json"
-    config = {**json.loads(path.read_text()), **plan.config} if with_base else plan.config
+    config = {**json.loads(path.read_text()), **plan.config} if with_base else {**plan.config, **quantized.config}
     path.write_text(json.dumps(config, indent=2) + "\n")

@@ -17,6 +17,7 @@ from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import UnsupportedError
 from mcore_spec.parallel.sharding import Shard, ShardedTensorEntry, gather_whole, sharded_tensors, whole_shape
 from mcore_spec.weights.draft_names import Table, stored_name
+from mcore_spec.weights.encoding import Encodings, encoded_specs, encoded_tensors
 from mcore_spec.weights.safetensors_io import SINGLE_NAME, TensorSpec
 
 # What stands for the path of a base that was trained with its draft.
@@ -39,6 +40,7 @@ class ExportPlan:
         extra_files: name -> text of further files.
         weights_file: name of the file that holds the tensors.
         remarks: what a user of the directory must know.
+        can_be_quantized: whether engines read scales in a directory of this form.
     """
 
     config: dict[str, Any]
@@ -50,20 +52,22 @@ class ExportPlan:
     extra_files: dict[str, str] = field(default_factory=dict)
     weights_file: str = SINGLE_NAME
     remarks: tuple[str, ...] = ()
+    can_be_quantized: bool = False
 
 
 class PlannedTensors:
     """The tensors of a plan, on the ranks of the last stage: first their shapes, then one by one."""
 
-    def __init__(self, plan: ExportPlan, draft: Draft, base: Base) -> None:
+    def __init__(self, plan: ExportPlan, draft: Draft, base: Base, encodings: Encodings) -> None:
         """List them; nothing is gathered.
 
         Args:
             plan: names.
             draft: this rank's part.
             base: this rank's part of the base.
+            encodings: of weights that are not written as they are.
         """
-        self._tp = draft.tp
+        self._tp, self._encodings = draft.tp, encodings
         self._computed = plan.computed
         rows = Shard(0, size=base.architecture.vocab_size)
         entries = [entry._replace(name=stored_name(plan.table, entry.name)) for entry in sharded_tensors(draft)]
@@ -76,13 +80,17 @@ class PlannedTensors:
     def specs(self) -> list[TensorSpec]:
         """Names, dtypes and whole shapes, in writing order."""
         sharded = [TensorSpec(e.name, e.tensor.dtype, whole_shape(e, self._tp)) for e in self._entries]
-        return sharded + [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in self._computed.items()]
+        specs = sharded + [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in self._computed.items()]
+        return encoded_specs(specs, self._encodings)
 
     def gather(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors in writing order; every rank of the tensor-parallel group must iterate."""
+        yield from encoded_tensors(self._gather_entries(), self._encodings)
+        yield from self._computed.items()
+
+    def _gather_entries(self) -> Iterator[tuple[str, Tensor]]:
         for entry in self._entries:
             yield entry.name, gather_whole(entry.tensor, entry.shard, self._tp)
-        yield from self._computed.items()
 
 
 def check_format(export_format: ExportFormat, draft: Draft, known: Sequence[ExportFormat]) -> None:

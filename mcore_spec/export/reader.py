@@ -25,6 +25,7 @@ from mcore_spec.parallel.layout import run_on_every_rank
 from mcore_spec.parallel.sharding import Shard, ShardedTensorEntry, sharded_tensors, whole_shape
 from mcore_spec.parallel.tensor_parallel import TensorParallel
 from mcore_spec.weights.draft_names import stored_name
+from mcore_spec.weights.hf_config import read_hf_config
 from mcore_spec.weights.safetensors_io import WeightDirectory
 
 _D2T = "d2t"
@@ -62,6 +63,8 @@ def read_exported(directory: Path, base: BaseArchitecture) -> Exported:
     if not directory.is_dir():
         raise CheckpointError(f"draft = {directory} is no directory; give one that mcore-spec export wrote")
     marked = _marked(directory)
+    if marked is not None:
+        _refuse_quantized(directory)
     with_base = None if marked else record_of_model_directory(directory)
     if with_base is not None:
         check_base(with_base.record, base, directory=directory)
@@ -74,6 +77,19 @@ def read_exported(directory: Path, base: BaseArchitecture) -> Exported:
         raise CheckpointError(f"draft = {directory} is the export of a base without a draft; give a draft's")
     check_base(record, base, directory=directory)
     return Exported(directory, record, is_foreign=False, notes=())
+
+
+def _refuse_quantized(directory: Path) -> None:
+    """What an engine computes of a quantised directory, this package computes of the checkpoint behind it.
+
+    Raises:
+        UnsupportedError: the directory declares quantised weights.
+    """
+    if read_hf_config(directory).get("quantization_config"):
+        raise UnsupportedError(
+            f"draft = {directory} is quantised (quantization_config): engines read it; measure the checkpoint that it "
+            "was exported from with --load"
+        )
 
 
 def _marked(directory: Path) -> Path | None:

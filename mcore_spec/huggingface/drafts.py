@@ -12,9 +12,10 @@ from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint import store
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.checkpoint.store import Checkpoint
+from mcore_spec.config.quantization import QuantFormat
 from mcore_spec.conversion import as_base
-from mcore_spec.errors import CheckpointError, ConfigError
-from mcore_spec.export.draft import export_draft, write_planned
+from mcore_spec.errors import CheckpointError, ConfigError, UnsupportedError
+from mcore_spec.export.draft import PlannedDraft, export_draft, write_planned
 from mcore_spec.export.modules import plan_modules
 from mcore_spec.export.plan import ExportFormat
 from mcore_spec.export.reader import attach_exported
@@ -34,11 +35,17 @@ def save(
 
     Raises:
         ConfigError: no draft, a sharded model, or a directory that is in the way.
+        UnsupportedError: a quantised model.
     """
     described = describe_drafted(model, record)
     draft = as_base(model).draft()
-    plan = None if draft is None else plan_modules(draft, described)
-    write_planned(model, described, plan, directory, overwrite=overwrite)
+    if described.quantization is not None:
+        raise UnsupportedError(
+            f"the model is quantised ({described.quantization.recipe.name}), which this form does not say; save a "
+            "checkpoint (save_checkpoint), or export it for engines (export_speculative_decoding)"
+        )
+    planned = None if draft is None else PlannedDraft(plan_modules(draft, described))
+    write_planned(model, described, planned, directory, overwrite=overwrite)
 
 
 def restore(model: nn.Module, source: Checkpoint | Path | str) -> None:
@@ -74,6 +81,7 @@ def export_speculative_decoding(
     record: CheckpointRecord | None = None,
     export_format: ExportFormat = "hf",
     overwrite: bool = False,
+    quant_format: QuantFormat | None = None,
 ) -> None:
     """Write the draft of `model` as a directory for inference engines; all ranks take part.
 
@@ -83,10 +91,13 @@ def export_speculative_decoding(
         record: of a `GPTModel` (`make_record`).
         export_format: engines' Hugging Face form, or `speculators`'.
         overwrite: replace an earlier export.
+        quant_format: whose form the scales of a quantised draft have; ``None``: ModelOpt's.
 
     Raises:
         ConfigError: no draft, a sharded model, or a directory that is in the way.
         UnsupportedError: a draft that would not serve.
     """
     described = describe_drafted(model, record)
-    export_draft(model, described, export_dir, export_format=export_format, overwrite=overwrite)
+    export_draft(
+        model, described, export_dir, export_format=export_format, overwrite=overwrite, quant_format=quant_format
+    )

@@ -17,6 +17,7 @@ from mcore_spec.conversion import as_base, conversion_of
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import ConfigError
 from mcore_spec.hosting.key import CONFIG_KEY
+from mcore_spec.quantization.installed import Quantization, quantization_of
 from mcore_spec.weights.safetensors_io import fingerprint_of
 
 _RECORDED_PACKAGES = ("mcore-spec", "torch", "transformers", "safetensors")
@@ -32,7 +33,7 @@ def describe_drafted(model: nn.Module, given: CheckpointRecord | None) -> Checkp
     Raises:
         ConfigError: no draft, a sharded model, or a record that is missing or not wanted.
     """
-    conversion = conversion_of(model)
+    conversion, quantization = conversion_of(model), quantization_of(model)
     if conversion is None:
         raise ConfigError(f"the {type(model).__name__} has no draft; attach one first (mcore_spec.convert)")
     base = as_base(model)
@@ -51,6 +52,7 @@ def describe_drafted(model: nn.Module, given: CheckpointRecord | None) -> Checkp
         identity=_identity(base),
         conversion=ConversionRecord(algorithm=conversion.algorithm, config=conversion.config.model_dump(mode="json")),
         packages={name: metadata.version(name) for name in _RECORDED_PACKAGES},
+        quantization=quantization and quantization.record,
     )
 
 
@@ -59,7 +61,8 @@ def _identity(base: TransformersBase) -> BaseIdentity:
     config: dict[str, Any] = json.loads(base.model.config.to_json_string())
     known = config.pop(CONFIG_KEY)
     config["architectures"] = config.get("architectures") or [type(base.model).__name__]
-    drafts = tuple(f"{name}." for name, child in base.model.named_children() if isinstance(child, Draft))
+    ours = (Draft, Quantization)
+    drafts = tuple(f"{name}." for name, child in base.model.named_children() if isinstance(child, ours))
     is_tied = base.embedding_weight() is base.head_weight()
     skipped = [name for name, module in base.model.named_modules() if is_tied and module is base.head]
     weights = {

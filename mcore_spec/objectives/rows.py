@@ -16,8 +16,8 @@ from mcore_spec.parallel.tensor_parallel import TensorParallel
 
 
 def teacher_rows(features: Features, documents: Documents, tp: TensorParallel) -> Tensor:
-    """The base's last hidden states of the whole row, [rows, h]; its logits are computed block by block."""
-    return whole_rows(features.last, documents, tp)
+    """The teacher's last hidden states of the whole row, [rows, h]; its logits are computed block by block."""
+    return whole_rows(features.last if features.teacher is None else features.teacher, documents, tp)
 
 
 @torch.no_grad()

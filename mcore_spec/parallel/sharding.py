@@ -32,7 +32,7 @@ class Sharded(Protocol):
     """A module that states how its own parameters are cut."""
 
     def shards(self) -> dict[str, Shard]:
-        """Parameter name -> cut."""
+        """Parameter name -> cut; buffers that are cut may be among them."""
         ...
 
 
@@ -54,14 +54,12 @@ def sharded_tensors(module: nn.Module) -> Iterator[ShardedTensorEntry]:
     for path, child in module.named_modules():
         own = {name for name, _ in child.named_parameters(recurse=False)}
         stated = child.shards() if isinstance(child, Sharded) else {}
-        assert own == stated.keys(), f"{path}: parameters {own} but cuts for {set(stated)}"
-        for name, shard in stated.items():
+        buffers = {name: Shard(None) for name, _ in child.named_buffers(recurse=False)}
+        assert own == stated.keys() - buffers, f"{path}: parameters {own} but cuts for {set(stated)}"
+        for name, shard in {**stated, **{name: cut for name, cut in buffers.items() if name not in stated}}.items():
             full_name = f"{path}.{name}".lstrip(".")
-            yield ShardedTensorEntry(full_name, state[full_name], shard)
-        for name, _ in child.named_buffers(recurse=False):
-            full_name = f"{path}.{name}".lstrip(".")
-            if full_name in state:
-                yield ShardedTensorEntry(full_name, state[full_name], Shard(None))
+            if name in own or full_name in state:
+                yield ShardedTensorEntry(full_name, state[full_name], shard)
 
 
 def whole_shape(entry: ShardedTensorEntry, tp: TensorParallel) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -26,6 +26,9 @@ from mcore_spec.parallel.collectives import Group, gather_without_grad
 from mcore_spec.parallel.documents import Documents, document_multiple, row_multiple
 from mcore_spec.parallel.sharding import sharded_tensors
 from mcore_spec.parallel.tensor_parallel import SEQUENCE_DIM
+from mcore_spec.quantization.teacher import UnquantizedTeacher
+
+Teacher: TypeAlias = Literal["as_loaded", "unquantized"]
 
 MakeFeatures: TypeAlias = Callable[[MegatronBase, Sequence[int]], FeatureSource]
 
@@ -47,16 +50,25 @@ class BaseRun(NamedTuple):
 class DraftStep:
     """The loss of a converted model on a batch. Holds what does not change between batches."""
 
-    def __init__(self, model: GPTModel, *, recompute: bool = False, make_features: MakeFeatures = LiveFeatures) -> None:
+    def __init__(
+        self,
+        model: GPTModel,
+        *,
+        recompute: bool = False,
+        make_features: MakeFeatures = LiveFeatures,
+        teacher: Teacher = "as_loaded",
+    ) -> None:
         """Look at the conversion.
 
         Args:
             model: this rank's part, converted.
             recompute: compute the activations of each step again in backward.
             make_features: ``make_features(base, aux_layer_ids)``, where the base's features come from.
+            teacher: "unquantized": of a quantised base, what it was before is the teacher.
 
         Raises:
-            ConfigError: a model without a draft.
+            ConfigError: a model without a draft, or an unquantised teacher of a base that is not quantised or does not
+                run.
             UnsupportedError: a draft or an option whose training is not built, or a base that cannot be trained too.
         """
         conversion = conversion_of(model)
@@ -65,6 +77,12 @@ class DraftStep:
         self.task = find_algorithm(conversion.algorithm).task(conversion.config)
         self.base = MegatronBase(model)
         self.features: FeatureSource = make_features(self.base, self.task.aux_layer_ids)
+        if teacher == "unquantized":
+            if self.task.trains_base:
+                raise ConfigError(
+                    "teacher = unquantized with eagle_freeze_base_model = false: the base changes; leave it out"
+                )
+            self.features = UnquantizedTeacher(self.base, self.features)
         self.context_group: Group = model.pg_collection.cp
         self.draft = self.base.draft()
         self.recompute = recompute

@@ -111,7 +111,7 @@ class Trainer:
         self.tokenizer_files = tokenizer_files or []
         run_on_every_rank(lambda: _check_finite(model))
         recompute = config.recompute_granularity == "draft"
-        self.step = DraftStep(model, recompute=recompute, make_features=make_features)
+        self.step = DraftStep(model, recompute=recompute, make_features=make_features, teacher=config.teacher)
         check_linear_start(self.step.task, num_batches=config.fit_start)
         self.data = make_data(model, self.step)
         self.acceptance: AcceptanceCheck | None = None

@@ -15,6 +15,7 @@ from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.bases.megatron_build import DTYPES
 from mcore_spec.config import BaseArchitecture
 from mcore_spec.parallel.layout import is_rank_zero
+from mcore_spec.weights.encoding import Encodings, encoded_specs, encoded_tensors
 from mcore_spec.weights.families import Row, base_rows, stored_shapes
 from mcore_spec.weights.hf_import import local_rows
 from mcore_spec.weights.safetensors_io import INDEX_NAME, SINGLE_NAME, TensorSpec, write_tensors
@@ -23,18 +24,19 @@ MAX_FILE_BYTES = 5 * 10**9
 Value = TypeVar("Value")
 
 
-def export_base(base: MegatronBase, directory: Path) -> None:
+def export_base(base: MegatronBase, directory: Path, *, encodings: Encodings | None = None) -> None:
     """Write every weight of the base; all ranks of the first data-parallel replica take part.
 
     Args:
         base: this rank's part.
         directory: exists; receives one file or several with an index.
+        encodings: of weights that are not written as they are.
 
     Raises:
         OSError: on the ranks that could not write; the others finish.
     """
-    rows = _rows(base)
-    own = [stored_specs(row, base.architecture) for row, _ in rows]
+    rows, encodings = _rows(base), encodings or {}
+    own = [encoded_specs(stored_specs(row, base.architecture), encodings) for row, _ in rows]
     sizes = [sum(spec.num_bytes for spec in specs) for specs in own]
     files = _pack(sizes)
     counts = _of_stages(base, len(files))
@@ -46,7 +48,7 @@ def export_base(base: MegatronBase, directory: Path) -> None:
     # What one file lacks in space the next lacks too; every file is gone through for the other ranks' sake.
     failure: OSError | None = None
     for name, held, indices in zip(names, specs, files, strict=True):
-        tensors = (pair for index in indices for pair in _whole(base, *rows[index]))
+        tensors = encoded_tensors((pair for index in indices for pair in _whole(base, *rows[index])), encodings)
         try:
             write_tensors(directory / name if base.tp.rank == 0 else None, held, tensors)
         except OSError as error:

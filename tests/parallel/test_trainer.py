@@ -40,6 +40,16 @@ RUNS = {
         Run(Layout(tensor=2), dtype="bfloat16", options={"use_distributed_optimizer": True, "bf16": True}),
         4,
     ),
+    "quantised": (Run(Layout(), recipe="fp8", options={"teacher": "unquantized"}), 1),
+    "TP2+SP, quantised, bf16": (
+        Run(
+            Layout(tensor=2, sequence_parallel=True),
+            dtype="bfloat16",
+            recipe="int8_per_channel",
+            options={"bf16": True},
+        ),
+        2,
+    ),
     "PP2 DP2, distributed optimizer": (
         Run(Layout(pipeline=2), options={"use_distributed_optimizer": True, "lr_scaling": "width", "lr": 1e-4}),
         4,

@@ -20,12 +20,15 @@ from torch import Tensor
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.store import Checkpoint, find_checkpoint, load_checkpoint, make_record
 from mcore_spec.config import TrainingConfig
+from mcore_spec.config.quantization import find_recipe
 from mcore_spec.conversion import convert
 from mcore_spec.data.batch import Batch, DataParallelBatches, Document, make_batch
 from mcore_spec.data.packing import SampleStream
 from mcore_spec.errors import ConfigError, TrainingError
 from mcore_spec.parallel.layout import Layout, is_rank_zero, num_data_ranks, parallel_runtime
 from mcore_spec.parallel.sharding import gather_whole, sharded_tensors
+from mcore_spec.quantization.calibrate import quantize
+from mcore_spec.training.calibration import CalibrationLoop
 from mcore_spec.training.log import JsonLinesLogger, Logger
 from mcore_spec.training.megatron_lm import MegatronForwardStep
 from mcore_spec.training.optimizer import DraftOptimizer
@@ -61,6 +64,7 @@ class Run(NamedTuple):
         has_d2t: whether the draft vocabulary is reduced.
         draft: fields of the draft's configuration.
         options: of `TrainingConfig`.
+        recipe: by which base and draft are quantised.
     """
 
     layout: Layout
@@ -68,6 +72,7 @@ class Run(NamedTuple):
     has_d2t: bool = True
     draft: dict[str, Any] = {}
     options: dict[str, Any] = {}
+    recipe: str | None = None
 
 
 CORPUS = Corpus((9, 12, 16, 5, 7, 16, 3, 11, 8, 14, 6, 10))
@@ -119,7 +124,13 @@ def converted(directory: Path, run: Run) -> GPTModel:
     model = import_base(directory, run.layout, dtype=run.dtype).model
     # The fields say which algorithm is meant; without any it is EAGLE-3.
     convert(model, run.draft or [("eagle", {})], d2t=draft_to_target() if run.has_d2t else None)
+    if run.recipe is not None:
+        quantize(model, run.recipe, see_corpus if find_recipe(run.recipe).is_calibrated else None)
     return model
+
+
+# A calibration on some of the made-up conversations.
+see_corpus = CalibrationLoop(CORPUS, num_conversations=4)
 
 
 def trainer_of(

@@ -1,0 +1,109 @@
+"""Recipes of quantisation: which numbers stand for weights and activations, and what has a scale of its own.
+
+Names are ModelOpt's or the field's. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from mcore_spec.config.strict import StrictConfig, suggest
+from mcore_spec.errors import ConfigError
+
+# e4m3: float8_e4m3fn; the whole numbers are symmetric around zero.
+Number = Literal["e4m3", "int8", "int4"]
+# What has one scale: the whole tensor; an output channel of a weight; a token of an activation; a block, of 128 x 128
+# numbers of a weight, of 128 numbers of one token of an activation.
+Granularity = Literal["tensor", "channel", "token", "block"]
+CalibrationMethod = Literal["max", "percentile", "mse"]
+# Whose form the exported declaration and the shapes of scales have.
+QuantFormat = Literal["modelopt", "compressed-tensors"]
+BLOCK = 128
+
+
+class Scheme(StrictConfig):
+    """How one kind of tensor is quantised; an activation's scales may be computed from each activation anew."""
+
+    number: Number
+    granularity: Granularity
+    is_dynamic: bool = False
+
+    def __str__(self) -> str:
+        """Such as "e4m3 per token, dynamic"."""
+        return f"{self.number} per {self.granularity}{', dynamic' if self.is_dynamic else ''}"
+
+
+class Recipe(StrictConfig):
+    """A way to quantise a model: its linear maps, and its keys and values where `kv_cache` is set.
+
+    Names are those of modules, such as ``decoder.layers.3.mlp.linear_fc1`` and ``eagle_module.fc``; a pattern is one of
+    the shell's. Heads, embeddings and routers are never among them.
+    """
+
+    name: str
+    weight: Scheme
+    activation: Scheme
+    kv_cache: Scheme | None = None
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_schemes(self) -> Self:
+        if self.weight.is_dynamic or self.weight.granularity == "token":
+            raise ValueError("weight: its scales are kept, one a tensor, channel or block")
+        if self.activation.is_dynamic != (self.activation.granularity != "tensor"):
+            raise ValueError("activation: one scale a tensor is static, scales of tokens and blocks are dynamic")
+        return self
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether some scale is found by looking at activations."""
+        return not self.activation.is_dynamic or self.kv_cache is not None
+
+
+class QuantizationRecord(StrictConfig):
+    """What a checkpoint says about its scales."""
+
+    recipe: Recipe
+    calibration: CalibrationMethod = "max"
+    num_conversations: int = Field(0, ge=0)
+
+
+def _scheme(number: Number, granularity: Granularity) -> Scheme:
+    return Scheme(number=number, granularity=granularity, is_dynamic=granularity in ("token", "block"))
+
+
+def _recipe(name: str, weight: Scheme, activation: Scheme) -> Recipe:
+    return Recipe(name=name, weight=weight, activation=activation)
+
+
+RECIPES: MappingProxyType[str, Recipe] = MappingProxyType(
+    {
+        recipe.name: recipe
+        for recipe in (
+            _recipe("fp8", _scheme("e4m3", "tensor"), _scheme("e4m3", "tensor")),
+            _recipe("fp8_per_channel", _scheme("e4m3", "channel"), _scheme("e4m3", "token")),
+            # DeepSeek-V3's (arXiv 2412.19437, section 3.3.2).
+            _recipe("fp8_blockwise", Scheme(number="e4m3", granularity="block"), _scheme("e4m3", "block")),
+            _recipe("int8_per_channel", _scheme("int8", "channel"), _scheme("int8", "token")),
+            # Harsh enough to see what training recovers; no engine's.
+            _recipe("int4_per_channel", _scheme("int4", "channel"), _scheme("int8", "token")),
+        )
+    }
+)
+KV_CACHE_FP8 = Scheme(number="e4m3", granularity="tensor")
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in RECIPES:
+        hint = suggest(name, list(RECIPES), otherwise=f"choose one of {', '.join(RECIPES)}")
+        raise ConfigError(f"recipe {name!r} is not known; {hint}")
+    return RECIPES[name]

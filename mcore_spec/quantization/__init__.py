@@ -1,0 +1,1 @@
+"""Recipes put into effect: quantised linear maps, their scales, calibration."""
