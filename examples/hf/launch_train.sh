@@ -12,11 +12,15 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python}"
 source "$here/options.sh"
 model="" output_dir="" data=() num_gpu=1 num_epochs=1 mode=eagle3 lr=1e-4 train_bs=4 training_seq_len=2048
-use_fsdp=False cp_size=1
-take_options "model output_dir data num_gpu num_epochs mode lr train_bs training_seq_len use_fsdp cp_size" "$@"
+use_fsdp=False cp_size=1 offline_data=""
+take_options "model output_dir data num_gpu num_epochs mode lr train_bs training_seq_len use_fsdp cp_size offline_data" "$@"
 [[ -n "$model" ]] || fail "--model is missing; give the base's directory or hub id"
 [[ -n "$output_dir" ]] || fail "--output_dir is missing; give the directory to write to"
-[[ ${#data[@]} -gt 0 ]] || fail "--data is missing; give a file of conversations"
+[[ ${#data[@]} -gt 0 || -n "$offline_data" ]] ||
+    fail "--data is missing; give a file of conversations, or --offline-data a store of hidden states"
+learned=()
+[[ ${#data[@]} -eq 0 ]] || learned+=(--data_path "${data[@]}")
+[[ -z "$offline_data" ]] || learned+=(--offline_data "$offline_data")
 
 launch=(-m accelerate.commands.launch --num_machines 1 --num_processes "$num_gpu")
 launch+=(--dynamo_backend no --mixed_precision no)
@@ -45,6 +49,6 @@ if [[ "$cp_size" != 1 ]]; then
 fi
 
 exec "$python" "${launch[@]}" "$here/main.py" \
-    --model_name_or_path "$model" --data_path "${data[@]}" --output_dir "$output_dir" --mode "$mode" \
+    --model_name_or_path "$model" "${learned[@]}" --output_dir "$output_dir" --mode "$mode" \
     --num_train_epochs "$num_epochs" --learning_rate "$lr" --per_device_train_batch_size "$train_bs" \
     --training_seq_len "$training_seq_len" "${training[@]}" "${rest[@]}"

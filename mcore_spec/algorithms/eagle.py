@@ -89,7 +89,10 @@ def resolve_family(config: EagleConfig, base: BaseArchitecture, d2t: Tensor | No
             "and give mcore-spec convert --draft-init mtp"
         )
     if resolved.eagle_offline:
-        raise UnsupportedError("eagle_offline = true: training from stored hidden states is not built yet")
+        raise UnsupportedError(
+            "eagle_offline = true: a draft is the same wherever its hidden states come from; leave it out, and give "
+            "training the store (finetune --offline-distillation-data DIR, main.py --offline-data DIR)"
+        )
     return resolved
 
 

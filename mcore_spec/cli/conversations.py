@@ -7,10 +7,9 @@ from pathlib import Path
 from mcore_spec.checkpoint.store import Checkpoint
 from mcore_spec.cli.terminal import say
 from mcore_spec.config import BaseArchitecture, DataConfig
-from mcore_spec.data.chat import ChatEncoder, check_same_vocabulary, load_tokenizer
-from mcore_spec.data.hidden_states import StatesStore
+from mcore_spec.data.chat import check_same_vocabulary, load_tokenizer
 from mcore_spec.data.store import TokenStore, build_token_store
-from mcore_spec.errors import CheckpointError, ConfigError
+from mcore_spec.errors import ConfigError
 from mcore_spec.parallel.layout import run_on_rank_zero
 
 
@@ -58,26 +57,6 @@ def read_conversations(
     for reason in counts.skip_reasons:
         say(f"  left out: {reason}")
     return store
-
-
-def check_tokenizer_of(store: StatesStore, tokenizer: str | Path | None) -> None:
-    """Refuse a store whose conversations another tokenizer or chat template made.
-
-    Args:
-        store: of hidden states.
-        tokenizer: directory or hub id; ``None``: there is none to compare with.
-
-    Raises:
-        CheckpointError: names both.
-    """
-    if tokenizer is None:
-        return
-    here, there = ChatEncoder(load_tokenizer(tokenizer)).fingerprint(), store.description.tokenizer_fingerprint
-    if here != there:
-        raise CheckpointError(
-            f"offline_distillation_data = {store.directory}: its conversations were made with another tokenizer or "
-            f"chat template: its fingerprint is {there}, that of {tokenizer} {here}; extract with this checkpoint"
-        )
 
 
 def choose_tokenizer(checkpoint: Checkpoint, given: str | None) -> str:

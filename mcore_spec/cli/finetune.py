@@ -12,7 +12,7 @@ from mcore_spec.bases.feature_sources import LiveFeatures, StoredFeatures
 from mcore_spec.bases.megatron_build import check_layout
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.checkpoint.store import TRACKER, Checkpoint, check_save_directory, find_checkpoint, load_checkpoint
-from mcore_spec.cli.conversations import check_seq_length, check_tokenizer_of, choose_tokenizer, read_conversations
+from mcore_spec.cli.conversations import check_seq_length, choose_tokenizer, read_conversations
 from mcore_spec.cli.convert import layout_of
 from mcore_spec.cli.dry_run import Rehearsal, build_stages, say_weights
 from mcore_spec.cli.plan import describe_run, machine_of
@@ -22,6 +22,7 @@ from mcore_spec.config import EagleConfig
 from mcore_spec.conversion import find_algorithm
 from mcore_spec.data.document import ConversationSource
 from mcore_spec.data.hidden_states import StatesStore
+from mcore_spec.data.hidden_states.fit import check_tokenizer_of, open_states
 from mcore_spec.data.sources import open_source
 from mcore_spec.errors import CheckpointError, ConfigError, UnsupportedError
 from mcore_spec.evaluation.prompts import TokenizerPrompts
@@ -39,7 +40,7 @@ from mcore_spec.planning.activations import TrainingSetup
 from mcore_spec.planning.layout import PlannedLayout
 from mcore_spec.planning.report import describe_model
 from mcore_spec.planning.shapes import ModelShape
-from mcore_spec.training.data import Conversations, open_states
+from mcore_spec.training.data import Conversations
 from mcore_spec.training.linear_start import check_linear_start, num_default_rows
 from mcore_spec.training.log import Entry, Logger, brief, check_loggers, draw_curves, open_loggers, say_above_bar
 from mcore_spec.training.signals import StoppedEarly
@@ -128,7 +129,14 @@ def _find_data(arguments: FinetuneArguments, checkpoint: Checkpoint, task: Task)
         source = read_conversations(arguments, checkpoint.record.base, tokenizer, cache_dir=cache_dir)
         return Data(source, LiveFeatures)
     path = Path(arguments.offline_distillation_data)
-    store = run_on_every_rank(lambda: open_states(path, checkpoint.record, task))
+    name = "offline_distillation_data"
+    if task.trains_base:
+        raise ConfigError(
+            f"{name} = {path}: the states of a base that changes cannot be stored, and this draft's configuration has "
+            "eagle_freeze_base_model = false; train on --data-path"
+        )
+    base, identity = checkpoint.record.base, checkpoint.record.identity
+    store = run_on_every_rank(lambda: open_states(path, base, identity, aux_layer_ids=task.aux_layer_ids, name=name))
     about = store.description
     if "seq_length" in arguments.model_fields_set and arguments.seq_length != about.seq_length:
         raise ConfigError(
@@ -136,7 +144,9 @@ def _find_data(arguments: FinetuneArguments, checkpoint: Checkpoint, task: Task)
             "leave the flag out"
         )
     own = checkpoint.tokenizer_path if any(checkpoint.tokenizer_path.glob("*")) else None
-    run_on_rank_zero(lambda: check_tokenizer_of(store, arguments.tokenizer_model or own))
+    compared = arguments.tokenizer_model or own
+    if compared is not None:
+        run_on_rank_zero(lambda: check_tokenizer_of(store, compared, name=name))
     say(
         f"hidden states: {len(store):,} conversations, {int(store.lengths.sum()):,} tokens, {store.num_bytes:,} bytes; "
         f"by {about.backend} in {about.dtype}, aux layers {', '.join(map(str, about.aux_layer_ids)) or 'none'}"

@@ -147,7 +147,7 @@ class EagleArchitectureConfig(StrictConfig):
 class EagleConfig(StrictConfig):
     """EAGLE-1, EAGLE-3 or EAGLE-MTP; the architecture's flags say which."""
 
-    eagle_offline: bool = Field(False, description="Train from stored hidden states instead of a live base.")
+    eagle_offline: bool = Field(False, description="Must be false: training is told where hidden states come from.")
     eagle_self_logit_distillation: bool = Field(
         True, description="Soft labels from the base's logits; false: the data's next token."
     )

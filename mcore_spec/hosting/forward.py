@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils import ModelOutput
 
 from mcore_spec.bases.features import Features
@@ -22,7 +23,7 @@ from mcore_spec.bases.transformers import TransformersBase
 from mcore_spec.data.batch import Batch, make_batch
 from mcore_spec.data.noise import draw_noise_key
 from mcore_spec.data.seeds import RandomUse, random_state
-from mcore_spec.errors import ConfigError
+from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.hosting.context import context_group
 from mcore_spec.hosting.rows import NO_LABEL, TokenBatch, TokenRows, join_shards, read_rows
 from mcore_spec.losses.outcome import LossOutput
@@ -32,6 +33,8 @@ from mcore_spec.parallel.documents import Documents
 
 # What Trainer counts, and what it counts in: see `DraftedForward`.
 _COUNTS = ("num_items_in_batch", "shift_labels")
+# Hidden states of the base, where it does not run: see `DraftedForward`.
+LAST_STATES, AUX_STATES = "last_hidden_states", "aux_hidden_states"
 # Options of a plain forward that change nothing about the draft's loss.
 _WITHOUT_EFFECT = frozenset({"use_cache", "return_dict", "shift_labels"})
 _TOKENS = ("input_ids", "labels", "attention_mask", "position_ids")
@@ -65,6 +68,13 @@ class _Judged(NamedTuple):
     accepted: Tensor
 
 
+class _Given(NamedTuple):
+    """Hidden states of the base that a call brought along; `last` is ``None`` where the base runs."""
+
+    aux: Tensor | None
+    last: Tensor | None
+
+
 class DraftedForward:
     """Stands in the place of the model's ``forward``; copies and is pickled with the model."""
 
@@ -83,7 +93,7 @@ class DraftedForward:
         """The original's, and what Trainer hands over besides: it looks here for columns to keep."""
         parameters = list(signature(self.original).parameters.values())
         rest = [parameter for parameter in parameters if parameter.kind is Parameter.VAR_KEYWORD]
-        own = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in _COUNTS]
+        own = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in (*_COUNTS, LAST_STATES, AUX_STATES)]
         return Signature([*parameters[: len(parameters) - len(rest)], *own, *rest])
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -91,7 +101,8 @@ class DraftedForward:
 
         With `labels`, in training and in evaluation, the draft's loss on them. `num_items_in_batch` is what the sum
         over rows is divided by, on every rank; `shift_labels`, which a collator may add, is there for Trainer to
-        count in.
+        count in. With `last_hidden_states` [b, s, h], behind the final norm, and for drafts that read aux layers
+        `aux_hidden_states` [b, s, n h], joined in layer order, the base's layers do not run.
 
         Returns:
             A `DraftedOutput` with labels (a tuple of what is set where ``return_dict=False``), and what the original
@@ -108,7 +119,7 @@ class DraftedForward:
                     "labels are missing in a training step: a draft learns from them; give the tokens, with -100 where "
                     "nothing is learned"
                 )
-            for name in _COUNTS:
+            for name in (*_COUNTS, LAST_STATES, AUX_STATES):
                 call.pop(name, None)
             return self.original(**call)
         output = self._run(call)
@@ -116,6 +127,7 @@ class DraftedForward:
 
     def _run(self, call: dict[str, Any]) -> DraftedOutput:
         divisor = _number(call.pop("num_items_in_batch", None))
+        given = _Given(aux=call.pop(AUX_STATES, None), last=call.pop(LAST_STATES, None))
         batch = _token_batch(call)
         group = context_group()
         rows = self._rows(join_shards(batch, group))
@@ -123,7 +135,10 @@ class DraftedForward:
         assert draft is not None, "the forward is installed with the draft"
         packed = self._pack(rows, task, group).to(self.base.device)
         documents = Documents(packed.bounds, lengths=packed.lengths, group=group)
-        features = self.base.features(packed.token_ids[None], aux_layer_ids=task.aux_layer_ids, documents=documents)
+        if given.last is None:
+            features = self.base.features(packed.token_ids[None], aux_layer_ids=task.aux_layer_ids, documents=documents)
+        else:
+            features = self._stored(given, rows, batch, task, group)
         # The draft computes in the dtype of its weights; autocast, where it is on, is the base's.
         features = _cast(features, self.base.head_weight().dtype)
         recompute = self.base.model.is_activation_checkpointing and torch.is_grad_enabled()
@@ -171,6 +186,27 @@ class DraftedForward:
             mixing=mixing,
             noise_keys=noise_keys,
         )
+
+    def _stored(self, given: _Given, rows: TokenRows, batch: TokenBatch, task: Task, group: Group) -> Features:
+        """Given states [b, s, ...] -> those of the documents' rows, [tokens, 1, ...]."""
+        if group_size(group) > 1 or isinstance(self.base.model, FSDPModule):
+            raise UnsupportedError(
+                f"{LAST_STATES} under FSDP or context parallelism, which follow the base's layers; train on stored "
+                "states with plain data parallelism"
+            )
+        sizes = {LAST_STATES: self.base.architecture.hidden_size}
+        sizes[AUX_STATES] = len(task.aux_layer_ids) * sizes[LAST_STATES]
+        places = torch.from_numpy(rows.places).to(self.base.device)
+
+        def taken(name: str, states: Tensor | None) -> Tensor:
+            shape = [*batch.input_ids.shape, sizes[name]]
+            if states is None or list(states.shape) != shape:
+                found = "missing" if states is None else f"of shape {list(states.shape)}"
+                raise ConfigError(f"{name} is {found}; this draft reads {shape}, a row for each token")
+            return states.to(self.base.device).flatten(0, 1)[places][:, None]
+
+        aux = taken(AUX_STATES, given.aux) if task.aux_layer_ids else None
+        return Features(aux=aux, last=taken(LAST_STATES, given.last))
 
     @torch.no_grad()
     def _logits(self, last: Tensor, rows: TokenRows, batch: TokenBatch) -> Tensor:

@@ -7,21 +7,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from mcore_spec.bases.transformers import TransformersBase
 from mcore_spec.config.files import ConfigFile, read_config_file
-from mcore_spec.conversion import convert, find_algorithm
+from mcore_spec.conversion import conversion_of, convert, find_algorithm
 from mcore_spec.data.chat import Tokenizer, load_tokenizer
+from mcore_spec.data.hidden_states.fit import check_tokenizer_of, open_states
 from mcore_spec.data.store import TokenStore, build_token_store
 from mcore_spec.drafts.vocab_map import load_draft_to_target
-from mcore_spec.errors import ConfigError, UnsupportedError
+from mcore_spec.errors import ConfigError
 from mcore_spec.huggingface.checkpointing import enable_huggingface_checkpointing
 from mcore_spec.huggingface.data import ConversationDataset, DraftCollator
+from mcore_spec.huggingface.offline import StatesCollator, StatesDataset
 from mcore_spec.huggingface.trainer import DraftTrainer
+from mcore_spec.weights.base_directory import find_base
 from mcore_spec.weights.hf_config import locate
 
 
@@ -31,7 +36,8 @@ class DraftArguments:
 
     model_name_or_path: str = field(metadata={"help": "Directory or hub id of the base model."})
     data_path: list[str] = field(
-        metadata={"help": "Conversations: .jsonl, .json or .parquet files, or Hugging Face datasets."}
+        default_factory=list,
+        metadata={"help": "Conversations: .jsonl, .json or .parquet files, or Hugging Face datasets."},
     )
     eval_data_path: list[str] = field(default_factory=list, metadata={"help": "Conversations for --eval_strategy."})
     mode: Literal["eagle3", "eagle1", "eagle-mtp", "medusa"] = field(
@@ -50,7 +56,10 @@ class DraftArguments:
         metadata={"help": "Dtype of the weights; auto: as stored, but float32 on a machine without a GPU."},
     )
     offline_data: str | None = field(
-        default=None, metadata={"help": "Stored hidden states instead of a live base; not built yet."}
+        default=None,
+        metadata={
+            "help": "Store of hidden states (mcore-spec extract) instead of --data_path: the base's layers do not run."
+        },
     )
 
 
@@ -65,13 +74,12 @@ def run(arguments: DraftArguments, training: TrainingArguments) -> None:
 
     Raises:
         ConfigError: a file or a value that does not fit.
-        UnsupportedError: a base that cannot carry a draft, or stored hidden states.
+        CheckpointError: stored hidden states that are damaged, or of another base.
+        UnsupportedError: a base that cannot carry a draft.
     """
-    if arguments.offline_data is not None:
-        raise UnsupportedError(
-            f"--offline-data {arguments.offline_data}: training from stored hidden states is not built yet; leave it "
-            "out, the base then runs beside the draft"
-        )
+    if bool(arguments.data_path) == (arguments.offline_data is not None):
+        both = "both are given" if arguments.data_path else "neither is given"
+        raise ConfigError(f"--data_path or --offline_data: {both}; give conversations or stored hidden states")
     if training.output_dir is None:
         raise ConfigError("--output_dir is missing; give the directory that the trained model is written to")
     if (training.eval_strategy != "no") != bool(arguments.eval_data_path):
@@ -100,7 +108,8 @@ def run(arguments: DraftArguments, training: TrainingArguments) -> None:
             vocab_size=vocab_size,
         )
 
-    trainer = _trainer(model, tokenizer, training, store(arguments.data_path))
+    data = Data(ConversationDataset(store(arguments.data_path)), DraftCollator()) if arguments.data_path else None
+    trainer = _trainer(model, tokenizer, training, data or _stored(arguments, model, directory))
     if arguments.eval_data_path:
         trainer.eval_dataset = ConversationDataset(store(arguments.eval_data_path))
     checkpoint = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
@@ -124,17 +133,33 @@ def _mode(mode: str, file: ConfigFile) -> list[tuple[str, Any]]:
     return [(name, configure(flags, file))]
 
 
-def _trainer(
-    model: PreTrainedModel, tokenizer: Tokenizer, training: TrainingArguments, store: TokenStore
-) -> DraftTrainer:
+class Data(NamedTuple):
+    """What is learned from, and how it is made into batches."""
+
+    dataset: Dataset[Any]
+    collator: DraftCollator | StatesCollator
+
+
+def _stored(arguments: DraftArguments, model: PreTrainedModel, directory: Path) -> Data:
+    """Hidden states of the base, from a store."""
+    path, name, conversion = Path(arguments.offline_data or ""), "offline_data", conversion_of(model)
+    assert conversion is not None, "the model was converted"
+    task = find_algorithm(conversion.algorithm).task(conversion.config)
+    base = find_base(str(directory))
+    store = open_states(path, base.architecture, base.identity, aux_layer_ids=task.aux_layer_ids, name=name)
+    check_tokenizer_of(store, directory, name=name)
+    return Data(StatesDataset(store, TransformersBase(model), aux_layer_ids=task.aux_layer_ids), StatesCollator())
+
+
+def _trainer(model: PreTrainedModel, tokenizer: Tokenizer, training: TrainingArguments, data: Data) -> DraftTrainer:
     trainer = DraftTrainer(
         model=model,
         args=training,
         processing_class=cast(Any, tokenizer),
-        train_dataset=ConversationDataset(store),
-        data_collator=DraftCollator(),
+        train_dataset=data.dataset,
+        data_collator=data.collator,
     )
     size = trainer.get_cp_size()
-    if size > 1:
+    if size > 1 and isinstance(data.collator, DraftCollator):
         trainer.data_collator = DraftCollator(multiple=2 * size)
     return trainer

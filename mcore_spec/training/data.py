@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 
-from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.config import TrainingConfig
 from mcore_spec.data.batch import DataParallelBatches
 from mcore_spec.data.document import ConversationSource, Document
 from mcore_spec.data.hidden_states import StatesStore
 from mcore_spec.data.hidden_states.batches import StoredBatches
 from mcore_spec.data.packing import SampleStream, Split, split_documents
-from mcore_spec.errors import CheckpointError, ConfigError
-from mcore_spec.objectives.objective import Task
+from mcore_spec.errors import ConfigError
 from mcore_spec.training.step import DraftStep
 from mcore_spec.training.trainer import TrainingData
 
@@ -139,43 +136,3 @@ class Conversations:
 
 def _waited_s(batches: StoredBatches) -> float:
     return batches.waited_s
-
-
-def open_states(path: Path, record: CheckpointRecord, task: Task) -> StatesStore:
-    """The store that a draft is to learn from.
-
-    Args:
-        path: of its directory.
-        record: of the checkpoint that holds the draft.
-        task: of the draft.
-
-    Raises:
-        CheckpointError: no store, a damaged one, or one of another base.
-        ConfigError: layers that are not in it, or a base that is to be trained too.
-    """
-    where = f"offline_distillation_data = {path}"
-    if task.trains_base:
-        raise ConfigError(
-            f"{where}: the states of a base that changes cannot be stored, and this draft's configuration has "
-            "eagle_freeze_base_model = false; train on --data-path"
-        )
-    store = StatesStore(path)
-    description, base = store.description, record.base
-    of_base = {
-        "base_fingerprint": (description.base_fingerprint, record.identity.fingerprint),
-        "hidden_size": (description.hidden_size, base.hidden_size),
-        "vocab_size": (description.vocab_size, base.vocab_size),
-    }
-    for name, (there, here) in of_base.items():
-        if there != here:
-            raise CheckpointError(
-                f"{where} was extracted from another base: its {name} is {there!r} ({description.source}), the "
-                f"checkpoint's {here!r} ({record.identity.source}); extract with this checkpoint"
-            )
-    missing = sorted(set(task.aux_layer_ids) - set(description.aux_layer_ids))
-    if missing:
-        raise ConfigError(
-            f"{where} has aux layers {list(description.aux_layer_ids)}, the draft reads {list(task.aux_layer_ids)}; "
-            "extract with this checkpoint, whose draft says which"
-        )
-    return store

@@ -1,0 +1,84 @@
+"""Stored hidden states for transformers' Trainer: a dataset that reads them, and a collator that hands them over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mcore_spec.bases.transformers import TransformersBase
+from mcore_spec.data.document import Document
+from mcore_spec.data.hidden_states import StatesStore
+from mcore_spec.hosting.forward import AUX_STATES, LAST_STATES
+from mcore_spec.huggingface.data import DraftCollator
+
+
+class StoredDocument(NamedTuple):
+    """A conversation and what the base made of it.
+
+    Attributes:
+        document: tokens and mask.
+        aux: outputs of the aux layers that the draft reads, joined, [tokens, n h]; ``None`` where it reads none.
+        last: output of the last layer behind the final norm, [tokens, h].
+    """
+
+    document: Document
+    aux: Tensor | None
+    last: Tensor
+
+
+class StatesDataset(Dataset[StoredDocument]):
+    """Conversations of a store with their hidden states, by number. Workers of a DataLoader read ahead."""
+
+    def __init__(self, store: StatesStore, base: TransformersBase, *, aux_layer_ids: Sequence[int]) -> None:
+        """Take a store that fits (`open_states`).
+
+        Args:
+            store: of hidden states.
+            base: has the final norm, which is copied where the states of the last layer did not go through it.
+            aux_layer_ids: which the draft reads, ascending.
+        """
+        self.store = store
+        there = store.description.aux_layer_ids
+        self._layers = [there.index(layer) for layer in aux_layer_ids]
+        self._norm = None if store.description.last_is_normed else deepcopy(base.final_norm).cpu()
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    @torch.no_grad()
+    def __getitem__(self, index: int) -> StoredDocument:
+        states = self.store.states(index, layers=self._layers)
+        document = Document(states.token_ids.numpy(), states.loss_mask.numpy())
+        aux = states.aux.flatten(1) if self._layers else None
+        last = states.last if self._norm is None else self._norm(states.last)
+        return StoredDocument(document, aux, last)
+
+
+class StatesCollator:
+    """What `DraftCollator` makes of the conversations, with their hidden states padded to the same length."""
+
+    def __init__(self) -> None:
+        """Nothing is kept between batches."""
+        self._tokens = DraftCollator()
+
+    def __call__(self, stored: Sequence[StoredDocument]) -> dict[str, Tensor]:
+        """`DraftCollator`'s tensors, and states [documents, longest, ...] under the names that the forward takes."""
+        batch = self._tokens([each.document for each in stored])
+        width = batch["input_ids"].shape[1]
+        batch[LAST_STATES] = _padded([each.last for each in stored], width)
+        aux = [each.aux for each in stored if each.aux is not None]
+        if aux:
+            batch[AUX_STATES] = _padded(aux, width)
+        return batch
+
+
+def _padded(rows: Sequence[Tensor], width: int) -> Tensor:
+    padded = rows[0].new_zeros(len(rows), width, rows[0].shape[1])
+    for place, each in zip(padded, rows, strict=True):
+        place[: len(each)] = each
+    return padded
