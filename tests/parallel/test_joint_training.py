@@ -172,7 +172,8 @@ def test_gradients_of_both_equal_the_reference(
     check(rank_pool, name, CASES, expected, directory=directory, save=tmp_path, favours=True)
 
 
-@pytest.mark.parametrize("name", ["one", "PP2"])
+# Qwen3: each tensor-parallel rank sees its own heads, whose norms are one weight.
+@pytest.mark.parametrize("name", ["one", "TP2", "TP2+SP", "PP2"])
 def test_a_tied_weight_gets_the_gradients_of_both_its_uses(
     name: str, rank_pool: RankPool, tied_directory: Path, tmp_path: Path
 ) -> None:
