@@ -28,7 +28,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.bases.megatron_build import build_gpt_model
-from mcore_spec.config import BaseArchitecture, EagleConfig, RopeConfig, TrainingConfig
+from mcore_spec.config import (
+    BaseArchitecture,
+    EagleAlgorithm,
+    EagleConfig,
+    RopeConfig,
+    TrainingConfig,
+    eagle_preset,
+)
 from mcore_spec.conversion import convert
 from mcore_spec.data.batch import Batch, make_batch
 from mcore_spec.data.document import Document
@@ -65,6 +72,7 @@ class Case:
         documents: that the tokens are cut into.
         layers: of the draft.
         tokens: of a micro-batch.
+        member: of the EAGLE family.
     """
 
     steps: int = 3
@@ -78,6 +86,7 @@ class Case:
     documents: int = 1
     layers: int = 1
     tokens: int = 2048
+    member: EagleAlgorithm = "eagle3"
 
     @property
     def world_size(self) -> int:
@@ -102,8 +111,15 @@ CASES = {
     "k3-tp2-sp-v8192": Case(tensor=2, sequence_parallel=True, vocabulary=8192),
     "k3-cp2": Case(context=2, documents=2),
     "k3-pp2": Case(pipeline=2),
+    "eagle1": Case(member="eagle1"),
+    "eagle1-k1-tp2": Case(member="eagle1", steps=1, tensor=2),
+    "eagle1-layers2-recompute": Case(member="eagle1", layers=2, recompute=True),
+    "mtp": Case(member="eagle-mtp"),
+    "mtp-bf16": Case(member="eagle-mtp", bf16=True),
+    "mtp-tp2-sp": Case(member="eagle-mtp", tensor=2, sequence_parallel=True),
     # What the tests run.
     "ci": Case(tokens=1024, vocabulary=8192),
+    "ci-mtp": Case(tokens=512, member="eagle-mtp"),
 }
 # A base whose weights are small beside its activations.
 BASE = BaseArchitecture(
@@ -148,7 +164,8 @@ def setup_of(case: Case) -> TrainingSetup:
 
 def draft_config(case: Case) -> EagleConfig:
     """The draft of a case."""
-    architecture: dict[str, Any] = {"num_hidden_layers": case.layers}
+    flags = eagle_preset(case.member)["config"]["eagle_architecture_config"]
+    architecture: dict[str, Any] = {**flags, "num_hidden_layers": case.layers}
     if case.vocabulary is not None:
         architecture["draft_vocab_size"] = case.vocabulary
     return EagleConfig.parse({"eagle_ttt_steps": case.steps, "eagle_architecture_config": architecture})

@@ -191,7 +191,7 @@ def _rehearse(arguments: FinetuneArguments, layout: Layout) -> None:
     draft = find_algorithm(conversion.algorithm).config_class.parse(conversion.config)
     if not isinstance(draft, EagleConfig):
         raise UnsupportedError(
-            f"{conversion.algorithm}: only the training of EAGLE-3 drafts is planned; leave --dry-run out"
+            f"{conversion.algorithm}: only the training of EAGLE drafts is planned; leave --dry-run out"
         )
     setup = _planned(arguments, layout, checkpoint.record, draft, world_size=world_size)
     global_batch_size = _global_batch_size(arguments, num_data=setup.layout.data)

@@ -21,7 +21,7 @@ class PlanArguments(ParallelArguments, MachineArguments):
     model_shape: Annotated[str, OneOf(known_shapes)] | None = Field(
         None, description=f"A base whose sizes are known: {', '.join(known_shapes())}. Or --pretrained-model-path."
     )
-    export_eagle_algorithm: EagleAlgorithm = Field("eagle3", description="Kind of draft; eagle3 is planned.")
+    export_eagle_algorithm: EagleAlgorithm = Field("eagle3", description="Kind of draft.")
     algorithm_config: Path | None = Field(None, description="JSON file with the draft's configuration, as for convert.")
     eagle_config: Path | None = Field(None, description="The same as --algorithm-config, by ModelOpt's name.")
     draft_vocab_size: int | None = Field(

@@ -1,7 +1,7 @@
 """Bytes that one micro-batch needs for a moment: in the base's forward pass, in the draft's steps, loss and backward.
 
 Reckoned tensor by tensor from what the modules keep: `bases.megatron` and megatron-core's layer without autograd,
-`drafts.eagle3` and `layers` with it, `losses.fused`. A change there that keeps another tensor belongs here too;
+`drafts` and `layers` with it, `losses.fused`. A change there that keeps another tensor belongs here too;
 ``tools/check_plan.py`` compares with what an allocator saw.
 """
 
@@ -183,6 +183,8 @@ def _saved_total(setup: TrainingSetup) -> int:
 def _saved_before(setup: TrainingSetup) -> int:
     """What the fusion of aux states saves."""
     sizes, architecture = setup.sizes, setup.architecture
+    if sizes.joins_each_step:
+        return 0
     joined = sizes.num_aux * sizes.hidden * setup.bytes
     cut = 1 if setup.layout.sequence_parallel else setup.layout.tensor
     saved = setup.rows * joined // cut
@@ -194,7 +196,7 @@ def _saved_before(setup: TrainingSetup) -> int:
 
 def _saved_after(setup: TrainingSetup) -> int:
     """The last step's output, which its norm saves; the others are saved as the next step's input."""
-    return 0 if setup.bf16 else setup.outer_rows * setup.sizes.hidden * setup.bytes
+    return 0 if setup.bf16 or setup.sizes.joins_each_step else setup.outer_rows * setup.sizes.hidden * setup.bytes
 
 
 def _norm(setup: TrainingSetup) -> int:
@@ -206,20 +208,42 @@ def _saved(setup: TrainingSetup, step: int) -> int:
     """Bytes that step `step` saves for backward."""
     sizes, size = setup.sizes, setup.bytes
     state = setup.outer_rows * sizes.hidden * size
-    # The final norm reads what the next step reads: in float32 it is the same tensor, counted there.
-    final = _norm(setup) - (0 if setup.bf16 else state)
-    if setup.architecture.norm_output and not setup.bf16:
-        final += state
-    # The embedding takes no gradient: of its norm only the normed rows are saved.
-    first = state + _layer(setup, step, input_width=2 * sizes.hidden)
-    return final + first + (sizes.num_layers - 1) * _layer(setup, step, input_width=sizes.hidden)
+    if sizes.joins_each_step:
+        first = _joined(setup, step) + _layer(setup, step, input_width=sizes.hidden, num_norms=sizes.first_norms)
+    else:
+        # The embedding takes no gradient: of its norm only the normed rows are saved.
+        first = state + _layer(setup, step, input_width=2 * sizes.hidden)
+    return _final(setup) + first + (sizes.num_layers - 1) * _layer(setup, step, input_width=sizes.hidden)
 
 
-def _layer(setup: TrainingSetup, step: int, *, input_width: int) -> int:
+def _final(setup: TrainingSetup) -> int:
+    """What the final norm of a step saves."""
+    sizes = setup.sizes
+    if not sizes.has_final_norm:
+        return 0
+    if setup.bf16 or sizes.joins_each_step or setup.architecture.norm_output:
+        return _norm(setup)
+    # It reads what the next step reads: in float32 it is the same tensor, counted there.
+    return _norm(setup) - setup.outer_rows * sizes.hidden * setup.bytes
+
+
+def _joined(setup: TrainingSetup, step: int) -> int:
+    """Embedding and state in one piece, of which a rank keeps its columns; and what EAGLE-MTP's two norms save."""
+    sizes, layout = setup.sizes, setup.layout
+    state = setup.outer_rows * sizes.hidden * setup.bytes
+    saved = setup.rows * 2 * sizes.hidden * setup.bytes // (1 if layout.sequence_parallel else layout.tensor)
+    if sizes.member == "eagle-mtp":
+        # Of the embedding, and of the features at step 0, which take no gradient, the normed rows alone; in float32 the
+        # state is kept for the loss.
+        saved += 2 * state + (setup.outer_rows * sizes.hidden * WIDE if setup.bf16 and step > 0 else 0)
+    return saved
+
+
+def _layer(setup: TrainingSetup, step: int, *, input_width: int, num_norms: int = 2) -> int:
     """Of one decoder layer."""
     sizes, size, rows = setup.sizes, setup.bytes, setup.rows
     inputs = rows * (input_width + sizes.hidden) * size
-    return 2 * _norm(setup) + inputs + _attention(setup, step) + _mlp_saved(setup)
+    return num_norms * _norm(setup) + inputs + _attention(setup, step) + _mlp_saved(setup)
 
 
 def _mlp_saved(setup: TrainingSetup) -> int:
@@ -234,6 +258,8 @@ def _attention(setup: TrainingSetup, step: int) -> int:
     saved = rows * (3 if is_in_pieces else 2) * sizes.query * size + _key_value(setup, step)
     saved += rows * 2 * sizes.head_dim * size  # cos and sin
     saved += rows * sizes.num_heads * (WIDE + step * size)  # log-sum-exp, weights of the row's own keys
+    if sizes.qk_norm:
+        saved += rows * (sizes.query + sizes.kv) * (WIDE + size)
     return saved
 
 
@@ -255,16 +281,20 @@ def _backward(setup: TrainingSetup) -> Parts:
     state = setup.outer_rows * sizes.hidden * size
     grads = setup.rows * sizes.hidden * size
     head = sizes.vocabulary * sizes.hidden if sizes.owns_head else 0
+    # EAGLE-1 compares its states with the base's, both picked from their rows and widened.
+    compared = 2 * steps * setup.outer_rows * sizes.hidden * WIDE if sizes.member == "eagle1" else 0
     moments = [
         {
-            "draft's saved activations": _saved_total(setup),
+            "draft's saved activations": _saved_total(setup) + compared,
             "gradients of the loss": 2 * steps * grads + head * (2 * WIDE + (size if setup.bf16 else 0)),
         }
     ]
     weights = [numel * size for numel in draft_tensors(sizes, setup.architecture, tensor=setup.layout.tensor)]
     weights = weights[:-1] if sizes.owns_head else weights
-    down, all_weights = sizes.hidden * sizes.intermediate * size, sum(weights[1:])
-    final = _norm(setup) - (0 if setup.bf16 else state)
+    # EAGLE-3's fc is used once.
+    weights = weights if sizes.joins_each_step else weights[1:]
+    down, all_weights = sizes.hidden * sizes.intermediate * size, sum(weights)
+    final = _final(setup)
     inner = setup.rows * sizes.intermediate * size
     saved = _saved_before(setup)
     for step in range(steps):
@@ -285,7 +315,7 @@ def _backward(setup: TrainingSetup) -> Parts:
         at_end = dict(shared)
         at_end["draft's saved activations"] = saved_here - _mlp_saved(setup)
         at_end["gradients of activations"] += setup.rows * (2 * sizes.query + 2 * sizes.kv + 4 * sizes.hidden) * size
-        at_end["gradients of weights"] = all_weights + (max(weights[1:]) if not is_last else 0)
+        at_end["gradients of weights"] = all_weights + (max(weights) if not is_last else 0)
         if setup.on_cuda:
             # The flash kernel's own: the query's gradient in float32, keys and values for every query head.
             at_end["gradients of activations"] += setup.rows * sizes.query * (WIDE + 2 * size)

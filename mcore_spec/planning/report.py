@@ -13,6 +13,8 @@ from mcore_spec.planning.search import Candidate, Search
 from mcore_spec.planning.weights import base_parameters, draft_sizes, draft_tensors, given
 from mcore_spec.planning.work import count_work, estimate_speed
 
+_LABELS = {"eagle1": "EAGLE-1", "eagle3": "EAGLE-3", "eagle-mtp": "EAGLE-MTP"}
+
 
 class Machine(NamedTuple):
     """What the run is planned for.
@@ -44,9 +46,10 @@ def describe_model(setup: TrainingSetup) -> list[str]:
     sizes = draft_sizes(setup.draft, shape, PlannedLayout())
     trained = sum(draft_tensors(sizes, draft, tensor=1))
     layers = ", ".join(map(str, draft.eagle_aux_hidden_state_layer_ids))
+    reads = f"aux layers {layers}" if layers else "reads the last hidden state"
     lines.append(
-        f"draft: EAGLE-3, {draft.num_hidden_layers} layer(s), {trained:,} parameters, trained over {setup.num_steps} "
-        f"steps; aux layers {layers}; draft vocabulary {given(draft.draft_vocab_size):,}"
+        f"draft: {_LABELS[sizes.member]}, {draft.num_hidden_layers} layer(s), {trained:,} parameters, trained over "
+        f"{setup.num_steps} steps; {reads}; draft vocabulary {given(draft.draft_vocab_size):,}"
     )
     return lines
 

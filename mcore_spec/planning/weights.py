@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mcore_spec.config import EagleArchitectureConfig, EagleConfig
+from mcore_spec.config import EagleAlgorithm, EagleArchitectureConfig, EagleConfig
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.planning.layout import PlannedLayout, padded
 from mcore_spec.planning.shapes import ModelShape
@@ -87,9 +87,10 @@ def given(value: int | None) -> int:
 
 
 class DraftSizes(NamedTuple):
-    """An EAGLE-3 draft on one rank of the last stage.
+    """A draft of the EAGLE family on one rank of the last stage.
 
     Attributes:
+        member: of the family.
         hidden: width of the residual stream.
         query: of all query heads of the rank.
         kv: of all its key heads.
@@ -101,8 +102,11 @@ class DraftSizes(NamedTuple):
         vocabulary: its rows of the head that the draft reads.
         owns_head: whether that head is the draft's own.
         is_reduced: whether the draft vocabulary is a part of the base's.
+        qkv_bias: whether query, key and value have biases.
+        qk_norm: whether its query and key heads are normed.
     """
 
+    member: EagleAlgorithm
     hidden: int
     query: int
     kv: int
@@ -114,6 +118,28 @@ class DraftSizes(NamedTuple):
     vocabulary: int
     owns_head: bool
     is_reduced: bool
+    qkv_bias: bool
+    qk_norm: bool
+
+    @property
+    def joins_each_step(self) -> bool:
+        """Whether embedding and state are joined before the layers, at every step; EAGLE-3 does it inside the first."""
+        return self.member != "eagle3"
+
+    @property
+    def first_width(self) -> int:
+        """What the first layer's attention reads."""
+        return self.hidden if self.joins_each_step else 2 * self.hidden
+
+    @property
+    def first_norms(self) -> int:
+        """Norms of the first layer."""
+        return {"eagle3": 3, "eagle1": 1, "eagle-mtp": 2}[self.member]
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether there is one behind the layers."""
+        return self.member != "eagle1"
 
 
 def draft_sizes(config: EagleConfig, shape: ModelShape, layout: PlannedLayout) -> DraftSizes:
@@ -126,10 +152,8 @@ def draft_sizes(config: EagleConfig, shape: ModelShape, layout: PlannedLayout) -
 
     Raises:
         ConfigError: a size of the draft that the tensor-parallel size does not divide.
-        UnsupportedError: another member of the family.
+        UnsupportedError: an option whose training is not planned.
     """
-    if config.algorithm != "eagle3":
-        raise UnsupportedError(f"{config.algorithm}: only the training of EAGLE-3 drafts is planned; choose eagle3")
     if not config.eagle_freeze_base_model:
         raise UnsupportedError(
             "eagle_freeze_base_model = false: gradients and activations of a base that is trained too are not planned"
@@ -145,7 +169,7 @@ def draft_sizes(config: EagleConfig, shape: ModelShape, layout: PlannedLayout) -
         "num_attention_heads": given(draft.num_attention_heads),
         "num_key_value_heads": given(draft.num_key_value_heads),
         "intermediate_size": given(draft.intermediate_size),
-        "aux layers x hidden_size": num_aux * base.hidden_size,
+        "hidden states x hidden_size": (num_aux if config.algorithm == "eagle3" else 2) * base.hidden_size,
     }
     for name, value in sizes.items():
         if value % tensor:
@@ -156,7 +180,9 @@ def draft_sizes(config: EagleConfig, shape: ModelShape, layout: PlannedLayout) -
     vocabulary, head_dim = given(draft.draft_vocab_size), given(draft.head_dim)
     heads = sizes["num_attention_heads"] // tensor
     is_reduced = vocabulary < base.vocab_size
+    is_mtp = config.algorithm == "eagle-mtp"
     return DraftSizes(
+        member=config.algorithm,
         hidden=base.hidden_size,
         query=heads * head_dim,
         kv=sizes["num_key_value_heads"] // tensor * head_dim,
@@ -168,34 +194,44 @@ def draft_sizes(config: EagleConfig, shape: ModelShape, layout: PlannedLayout) -
         vocabulary=vocabulary_rows(vocabulary, layout),
         owns_head=is_reduced or draft.has_lm_head,
         is_reduced=is_reduced,
+        # EAGLE-MTP repeats the base's own layer.
+        qkv_bias=draft.attention_bias or (is_mtp and base.qkv_bias),
+        qk_norm=is_mtp and base.qk_norm,
     )
 
 
 def draft_tensors(sizes: DraftSizes, draft: EagleArchitectureConfig, *, tensor: int) -> list[int]:
-    """Parameters of each trained tensor of the draft on one rank.
+    """Parameters of each trained tensor of the draft on one rank, that which reads the features first, the head last.
 
     Args:
         sizes: of the rank.
         draft: resolved.
         tensor: tensor-parallel size.
     """
-    hidden, joined = sizes.hidden, sizes.num_aux * sizes.hidden
+    hidden, joined = sizes.hidden, (2 if sizes.joins_each_step else sizes.num_aux) * sizes.hidden
     tensors = [hidden * joined // tensor]
     if draft.norm_before_fc:
         tensors.append(joined)
     if draft.fc_norm:
         tensors += [hidden] * sizes.num_aux
+    if sizes.member == "eagle-mtp":
+        tensors += [hidden] * 2
     for layer in range(sizes.num_layers):
-        # The first layer reads the embedding beside the hidden state, and norms both.
-        width, norms = (2 * hidden, 3) if layer == 0 else (hidden, 2)
+        # EAGLE-3's first layer reads the embedding beside the hidden state, and norms both.
+        width, norms = (sizes.first_width, sizes.first_norms) if layer == 0 else (hidden, 2)
         tensors += [hidden] * norms
         tensors += [sizes.query * width, sizes.kv * width, sizes.kv * width, sizes.query * hidden]
         tensors += [hidden * sizes.intermediate] * 3
+        if sizes.qkv_bias:
+            tensors += [sizes.query, sizes.kv, sizes.kv]
         if draft.attention_bias:
-            tensors += [sizes.query, sizes.kv, sizes.kv, hidden]
+            tensors.append(hidden)
+        if sizes.qk_norm:
+            tensors += [sizes.head_dim] * 2
         if draft.mlp_bias:
             tensors += [sizes.intermediate, sizes.intermediate, hidden]
-    tensors.append(hidden)
+    if sizes.has_final_norm:
+        tensors.append(hidden)
     if sizes.owns_head:
         tensors.append(sizes.vocabulary * hidden)
     return tensors

@@ -56,9 +56,11 @@ def count_work(setup: TrainingSetup) -> Work:
     sizes = draft_sizes(setup.draft, setup.shape, whole)
     layer = layer_matrices(setup.shape, active_only=True)
     mlp = 3 * hidden * sizes.intermediate
-    first = 2 * hidden * (sizes.query + 2 * sizes.kv) + sizes.query * hidden + mlp
+    first = sizes.first_width * (sizes.query + 2 * sizes.kv) + sizes.query * hidden + mlp
     further = hidden * (2 * sizes.query + 2 * sizes.kv) + mlp
-    matrices = first + (sizes.num_layers - 1) * further
+    matrices = first + (sizes.num_layers - 1) * further + (2 * hidden * hidden if sizes.joins_each_step else 0)
+    # EAGLE-3's fc reads the aux states once.
+    fused = 0 if sizes.joins_each_step else sizes.num_aux * hidden * hidden
     judged = [max(0, n - setup.micro_batch_size * (2 + step)) for step in range(steps)]
     heads = 3 if sizes.owns_head else 2
     query = base.num_attention_heads * base.head_dim
@@ -68,7 +70,7 @@ def count_work(setup: TrainingSetup) -> Work:
     own_pairs = setup.micro_batch_size * 2 * _pairs(length, length) * sizes.query
     return Work(
         base=2.0 * n * base.num_layers * layer,
-        draft=4.0 * n * sizes.num_aux * hidden * hidden + 6.0 * n * matrices * steps,
+        draft=4.0 * n * fused + 6.0 * n * matrices * steps,
         teacher_head=2.0 * judged[0] * hidden * base.vocab_size,
         student_head=2.0 * heads * hidden * given(draft.draft_vocab_size) * sum(judged),
         attention_base=4.0 * setup.micro_batch_size * seen * query,

@@ -13,10 +13,11 @@ from tools.check_plan import CASES, TOLERANCE, compare, run_case, setup_of
 pytestmark = pytest.mark.e2e
 
 
-def test_planned_and_measured_peaks_agree() -> None:
-    """One setting; more of them, in minutes: python -m tools.check_plan."""
-    (measured,) = run_case("ci")
-    rows = compare(rank_memory(setup_of(CASES["ci"]), stage=0), measured)
+@pytest.mark.parametrize("name", ["ci", "ci-mtp"])
+def test_planned_and_measured_peaks_agree(name: str) -> None:
+    """Two settings; more of them, in minutes: python -m tools.check_plan."""
+    (measured,) = run_case(name)
+    rows = compare(rank_memory(setup_of(CASES[name]), stage=0), measured)
     for part in ("always", "base forward", "loss", "backward", "peak"):
         planned, found = rows[part]
         assert planned == pytest.approx(found, rel=TOLERANCE), part

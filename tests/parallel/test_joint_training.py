@@ -172,7 +172,8 @@ def test_gradients_of_both_equal_the_reference(
     check(rank_pool, name, CASES, expected, directory=directory, save=tmp_path, favours=True)
 
 
-@pytest.mark.parametrize("name", ["one", "PP2"])
+# Qwen3: each tensor-parallel rank sees its own heads, whose norms are one weight.
+@pytest.mark.parametrize("name", ["one", "TP2", "TP2+SP", "PP2"])
 def test_a_tied_weight_gets_the_gradients_of_both_its_uses(
     name: str, rank_pool: RankPool, tied_directory: Path, tmp_path: Path
 ) -> None:
@@ -204,3 +205,25 @@ def test_a_resumed_run_of_both_is_the_run_that_never_stopped(
     own = [line["lm_loss"] for line in whole if "loss" in line]
     assert own[-1] < own[0]
     assert "validation_lm_loss" in whole[-1]
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(pipeline=2)], ids=["one", "PP2"])
+def test_somebody_elses_schedule_trains_both(
+    layout: Layout, rank_pool: RankPool, directory: Path, tmp_path: Path
+) -> None:
+    results = rank_pool.run(
+        "tests.parallel.trainer_cases:schedule_of_megatron",
+        world_size=layout.pipeline,
+        layout=layout,
+        directory=directory,
+        save=tmp_path,
+        draft=joint(),
+    )
+    for result in results:
+        assert any(name.startswith("decoder.layers.") for name in result["trainer"])
+        assert result["megatron"].keys() == result["trainer"].keys()
+        for name, gradient in result["trainer"].items():
+            # megatron-core divides by the number of tokens in float32.
+            torch.testing.assert_close(result["megatron"][name], gradient, rtol=2e-7, atol=0)
+    own = [float(report["lm loss"][0]) for report in results[-1]["report"]]
+    assert sum(own) == pytest.approx(float(results[-1]["sums"][-2]), rel=1e-12)

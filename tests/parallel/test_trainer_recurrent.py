@@ -30,6 +30,10 @@ RUNS = {
         Run(Layout(tensor=2, context=2, sequence_parallel=True), has_d2t=False, draft=NOISY),
         4,
     ),
+    "mtp, two tokens a step, TP2": (
+        Run(Layout(tensor=2), has_d2t=False, draft=draft("eagle-mtp", {"parallel_draft_step": 2})),
+        2,
+    ),
     "mtp, PP2, bf16": (
         Run(
             Layout(pipeline=2),
@@ -73,7 +77,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
 def test_a_trained_draft_goes_on_in_any_other_layout(
     member: EagleAlgorithm, rank_pool: RankPool, directory: Path, tmp_path: Path
 ) -> None:
-    given = NOISY if member == "eagle1" else draft(member)
+    given = NOISY if member == "eagle1" else draft(member, {"parallel_draft_step": 2})
 
     def run(layout: Layout) -> Run:
         return Run(layout, dtype="float64", has_d2t=False, draft=given)

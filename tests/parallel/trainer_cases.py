@@ -386,17 +386,20 @@ def learning_rates(
         return {"rates": found, "reported": optimizer.step().learning_rate}
 
 
-def schedule_of_megatron(*, layout: Layout, directory: Path, save: Path) -> dict[str, Any]:
+def schedule_of_megatron(
+    *, layout: Layout, directory: Path, save: Path, draft: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Gradients by megatron-core's own schedule and finaliser, and by the trainer; the report of the first."""
     from megatron.core.distributed import finalize_model_grads
 
-    run = Run(layout, dtype="float64", has_d2t=False)
+    run = Run(layout, dtype="float64", has_d2t=False, draft=draft or {})
     with parallel_runtime(layout):
         config = config_of(run)
         found = []
         for is_megatron in (True, False):
             model = converted(directory, run)
             if is_megatron:
+                model.config.variable_seq_lengths = layout.pipeline > 1
                 forward_step = MegatronForwardStep(model)
                 optimizer = DraftOptimizer(model, config, num_iterations=6)
                 optimizer.zero_grad()

@@ -399,6 +399,13 @@ REFUSALS: dict[str, tuple[Any, bool, str, str, list[str]]] = {
         ["num_attention_heads = 6", "hidden_size = 32", "convert again"],
     ),
     "format": (MEDUSA_MODE, False, "none", "speculators", ["export_format = 'speculators'", "Medusa", "choose hf"]),
+    "parallel heads": (
+        eagle3("llama3", parallel_draft_step=2).mode,
+        False,
+        "none",
+        "speculators",
+        ["export_format = 'speculators' with parallel_draft_step = 2", "choose hf"],
+    ),
     "no draft": (None, False, "none", "hf", ["no draft", "convert it first", "--export-extra-modules"]),
 }
 

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mcore_spec.algorithms.eagle import build_member
 from mcore_spec.cli.main import run_command
-from mcore_spec.config import EagleConfig
+from mcore_spec.config import EagleAlgorithm, EagleConfig, eagle_preset
 from mcore_spec.config.base import HF_FAMILIES
 from mcore_spec.drafts.resolve import resolve_eagle
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.losses import blocks
+from mcore_spec.parallel.tensor_parallel import Placement
 from mcore_spec.planning import activations
 from mcore_spec.planning.activations import TrainingSetup, base_forward, loss_blocks
 from mcore_spec.planning.hardware import GPUS, usable_bytes
@@ -25,7 +28,7 @@ from mcore_spec.planning.layout import PlannedLayout
 from mcore_spec.planning.memory import rank_memory
 from mcore_spec.planning.search import find_layout, judge, last_stage_layers, possible_layouts
 from mcore_spec.planning.shapes import known_shape, known_shapes, read_shape
-from mcore_spec.planning.weights import base_parameters, stage_weights
+from mcore_spec.planning.weights import base_parameters, draft_tensors, stage_weights
 from mcore_spec.planning.work import count_work, estimate_speed
 from mcore_spec.weights.hf_config import describe_hf
 from tools.benchmark.cases import BaseSizes, Case
@@ -94,6 +97,31 @@ def test_the_stages_hold_the_base_once(name: str, layout: tuple[int, int]) -> No
 def test_block_sizes_are_those_of_the_loss() -> None:
     assert activations.HOST_MAX_LOGITS == blocks.HOST_MAX_LOGITS
     assert activations.DEVICE_MAX_LOGITS == blocks.DEVICE_MAX_LOGITS
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen2.5-7b", "qwen3-8b"])
+@pytest.mark.parametrize("member", ["eagle1", "eagle3", "eagle-mtp"])
+def test_the_tensors_of_a_draft_are_those_of_its_module(member: EagleAlgorithm, name: str) -> None:
+    flags = eagle_preset(member)["config"]["eagle_architecture_config"]
+    architecture = {**flags, "num_hidden_layers": 2, "attention_bias": True, "mlp_bias": True}
+    setup = setup_of(name, draft={"eagle_architecture_config": architecture})
+    place = Placement(device=torch.device("meta"))
+    module = build_member(setup.draft, setup.shape.architecture, place=place)
+    planned = draft_tensors(setup.sizes, setup.architecture, tensor=1)
+    assert sorted(planned) == sorted(parameter.numel() for parameter in module.parameters())
+
+
+def test_a_recurrent_draft_joins_at_every_step() -> None:
+    def draft_work(member: EagleAlgorithm, steps: int) -> float:
+        config = {**eagle_preset(member)["config"], "eagle_ttt_steps": steps}
+        return count_work(setup_of("llama-3.2-1b", draft=config, seq_length=1000)).draft
+
+    base = known_shape("llama-3.2-1b").architecture
+    hidden, kv = base.hidden_size, base.num_key_value_heads * base.head_dim
+    layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * base.intermediate_size
+    for member in ("eagle1", "eagle-mtp"):
+        # Forward and the gradients of input and weight, 2 operations each.
+        assert draft_work(member, 3) == 3 * 1000 * 6 * (layer + 2 * hidden * hidden)
 
 
 @pytest.mark.parametrize("name", ["t1024-k3", "t512-k7", "t1024-k3-v8192"])
@@ -187,11 +215,10 @@ def test_a_rest_of_the_layers_leaves_the_last_stage_fewer() -> None:
 
 
 def test_other_drafts_and_models_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="eagle1"):
-        assert setup_of(
-            "llama-3.2-1b",
-            draft={"eagle_architecture_config": {"use_input_layernorm_in_first_layer": False}},
-        ).sizes
+    with pytest.raises(UnsupportedError, match="parallel_draft_step = 2: parallel heads are not planned"):
+        assert setup_of("llama-3.2-1b", draft={"eagle_architecture_config": {"parallel_draft_step": 2}}).sizes
+    with pytest.raises(UnsupportedError, match="eagle_freeze_base_model = false: .* not planned"):
+        assert setup_of("llama-3.2-1b", draft={"eagle_freeze_base_model": False}).sizes
     with pytest.raises(ConfigError, match="tensor_model_parallel_size = 3"):
         assert setup_of("llama-3.2-1b", layout=PlannedLayout(tensor=3)).sizes
 
@@ -250,7 +277,6 @@ def test_a_base_with_experts_is_planned_and_said_to_be_the_users_own(capsys: pyt
         (("--model-shape", "llama-3.1-8b", "--global-batch-size", 3, "--num-gpus", 2), ("--global-batch-size 3",)),
         (("--model-shape", "phi-3-mini", "--seq-length", 8192), ("--seq-length 8192", "4096 positions")),
         (("--model-shape", "llama-3.1-8b", "--draft-vocab-size", 200000), ("draft_vocab_size = 200000",)),
-        (("--model-shape", "llama-3.1-8b", "--export-eagle-algorithm", "eagle1"), ("eagle1", "choose eagle3")),
         (("--model-shape", "llama-3.1-8b", "--find-layout", "--num-gpus", 8), ("--num-gpus", "--find-layout")),
         (("--model-shape", "llama-3.1-8b", "--gpus-per-node", 4), ("--gpus-per-node", "--find-layout")),
     ],
