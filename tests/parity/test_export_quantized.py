@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mcore_spec.config import eagle_preset
 from mcore_spec.config.quantization import KV_CACHE_FP8, QuantFormat, find_recipe
 from mcore_spec.parallel.layout import Layout
 from tests.parity.hf_models import randomise
@@ -27,7 +28,7 @@ CASES = "tests.parity.export_quantized_cases"
 TOLERANCE = 1e-9
 LAYOUTS = {"TP1": Layout(), "TP2": Layout(tensor=2), "PP2": Layout(pipeline=2)}
 EAGLE3: Any = [("eagle", {})]
-EAGLE1: Any = [("eagle", {"eagle_architecture_config": {"use_aux_hidden_state": False, "use_last_layernorm": False}})]
+EAGLE1: Any = eagle_preset("eagle1")
 TOKENS = torch.randint(103, (2, 12), generator=torch.Generator().manual_seed(4))
 FORMS: list[tuple[str, QuantFormat]] = [
     ("fp8", "modelopt"),

@@ -40,7 +40,9 @@ class Directory(NamedTuple):
 def read(directory: Path) -> Directory:
     """The directory; tensors in float64."""
     config = json.loads((directory / "config.json").read_text())
-    tensors = load_file(directory / "model.safetensors")
+    # Each pipeline stage has a file of its own.
+    files = sorted(directory.glob("*.safetensors"))
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     scales = {name: tensor for name, tensor in tensors.items() if name.endswith(SCALES)}
     declared = config.get("quantization_config")
     if (declared is None) != (not scales):
