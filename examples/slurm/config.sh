@@ -33,6 +33,8 @@
 # A server of the base on the node of the synthesis; empty: the base answers inside of the job (small models).
 : "${SERVER_COMMAND=vllm serve $BASE --tensor-parallel-size 8 --port 8000}"
 : "${SERVER_URL=http://127.0.0.1:8000}"
+# Recipe and calibration, such as --export-quant-cfg fp8 --calib-size 512 --calib-data $CONVERSATIONS; empty: none.
+: "${QUANTIZE_OPTIONS=}"
 : "${EXPORT_OPTIONS=}"
 
 # --- the cluster ----------------------------------------------------------------------------------

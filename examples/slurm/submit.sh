@@ -3,15 +3,15 @@
 #
 #   bash examples/slurm/submit.sh [CONFIG.sh] [FIRST_STAGE]
 #
-# Stages: synthesize (the base answers the prompts), convert (import, draft vocabulary, draft), train, export. A chain
-# that broke is continued with the stage that failed; finished work is not done again. Quantisation has no command yet
-# and no stage.
+# Stages: synthesize (the base answers the prompts), convert (import, draft vocabulary, draft), train, quantize (where
+# QUANTIZE_OPTIONS says how), export. A chain that broke is continued with the stage that failed; finished work is not
+# done again.
 set -euo pipefail
 
 SLURM_SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CONFIG=$(realpath "${1:-$SLURM_SCRIPTS/config.sh}")
 FIRST=${2:-synthesize}
-STAGES=(synthesize convert train export)
+STAGES=(synthesize convert train quantize export)
 if [[ ! " ${STAGES[*]} " == *" $FIRST "* ]]; then
     echo "error: stage $FIRST is not one of ${STAGES[*]}" >&2
     exit 2
@@ -48,11 +48,13 @@ started=
 for stage in "${STAGES[@]}"; do
     if [[ $stage == "$FIRST" ]]; then started=1; fi
     if [[ -z $started || ($stage == synthesize && -z $PROMPTS) ]]; then continue; fi
+    if [[ $stage == quantize && -z $QUANTIZE_OPTIONS ]]; then continue; fi
     case $stage in
         synthesize) submit synthesize 1 1 "$OTHER_TIME" ;;
         convert) submit convert 1 "$CONVERT_TENSOR" "$OTHER_TIME" ;;
         # The warning goes to the ranks (without "B:"): a second one, handed on by the script, would end them at once.
         train) submit train "$TRAIN_NODES" "$RANKS_PER_NODE" "$TRAIN_TIME" --requeue --signal="TERM@$GRACE_SECONDS" ;;
+        quantize) submit quantize 1 "$CONVERT_TENSOR" "$OTHER_TIME" ;;
         export) submit export 1 "$CONVERT_TENSOR" "$OTHER_TIME" ;;
     esac
 done

@@ -20,6 +20,7 @@ from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.evaluation.choice import HeadVocabulary
 from mcore_spec.evaluation.drafters import RowShare
 from mcore_spec.layers.cache import KeyValueCache, NewRows, Span
+from mcore_spec.quantization.installed import quantization_of
 
 # A gap of at most this many times the measured rounding is a tie.
 TIE_FACTOR = 4.0
@@ -87,9 +88,19 @@ def find_difference(
     token_ids = [*prompt, *plain[:position]]
     numbers = _measure(model, token_ids, num_last=min(num_rows, len(token_ids) - 1), pair=(ours, theirs))
     gap, rounding, largest = numbers
-    unit = torch.finfo(model.config.params_dtype).eps * largest
+    unit = _resolution(model) * largest
     is_tie = rounding <= MAX_ROUNDING_UNITS * unit and gap <= TIE_FACTOR * max(rounding, unit)
     return Difference(name, position, ours, theirs, gap, rounding, is_tie)
+
+
+def _resolution(model: GPTModel) -> float:
+    """Relative size of what rounding may change of a number.
+
+    Where inputs of linear maps are quantised, a difference in the last place may make another number of one of them.
+    That moves the product of n inputs by a share of one of them; bfloat16's resolution is about as much.
+    """
+    resolution = torch.finfo(model.config.params_dtype).eps
+    return resolution if quantization_of(model) is None else max(resolution, torch.finfo(torch.bfloat16).eps)
 
 
 class _Measured(NamedTuple):

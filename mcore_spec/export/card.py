@@ -18,8 +18,13 @@ Made with mcore_spec. {num_parameters:,} parameters, {dtype}.
 {serving}{remarks}"""
 
 
-def model_card(plan: ExportPlan, record: CheckpointRecord, *, algorithm: str, num_parameters: int) -> str:
+def model_card(
+    plan: ExportPlan, record: CheckpointRecord, *, algorithm: str, num_parameters: int, is_quantized: bool = False
+) -> str:
     """Markdown: what the draft is, how to serve it, what to know."""
+    quantized = ""
+    if is_quantized and record.quantization is not None:
+        quantized = f"; quantised by the recipe {record.quantization.recipe.name}"
     # A base from a Megatron-LM checkpoint has no directory yet that an engine could load.
     base = record.identity.source if record.identity.hf_config else "BASE_AS_HUGGING_FACE_DIRECTORY"
     commands = []
@@ -30,7 +35,7 @@ def model_card(plan: ExportPlan, record: CheckpointRecord, *, algorithm: str, nu
         base=base,
         algorithm=algorithm,
         num_parameters=num_parameters,
-        dtype=record.base.dtype,
+        dtype=record.base.dtype + quantized,
         serving="\n".join(commands),
         remarks="".join(f"\n{remark}\n" for remark in plan.remarks),
     )

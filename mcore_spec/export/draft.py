@@ -21,7 +21,7 @@ from mcore_spec.export.directory import atomic_directory
 from mcore_spec.export.plan import FORMATS_WITH_BASE, ExportFormat, ExportPlan, PlannedTensors, exported_record
 from mcore_spec.export.quantized import DEFAULT_FORM, UNQUANTIZED, QuantizedExport, check_form, quantized_draft
 from mcore_spec.parallel.layout import run_on_every_rank
-from mcore_spec.weights.safetensors_io import BESIDE_BASE_NAME, write_tensors
+from mcore_spec.weights.safetensors_io import BESIDE_BASE_NAME, TensorSpec, write_tensors
 
 
 def export_draft(
@@ -146,11 +146,17 @@ def _write(
     write_tensors(file if draft.tp.rank == 0 else None, specs, tensors.gather())
     if draft.tp.rank > 0:
         return
-    num_parameters = sum(math.prod(spec.shape) for spec in specs if spec.dtype is not torch.int64)
-    card = model_card(plan, record, algorithm=draft.label, num_parameters=num_parameters)
+    num_parameters = sum(math.prod(spec.shape) for spec in specs if _is_parameter(spec))
+    is_quantized = bool(quantized.encodings)
+    card = model_card(plan, record, algorithm=draft.label, num_parameters=num_parameters, is_quantized=is_quantized)
     (directory / "README.md").write_text(card)
     for name, text in {**plan.extra_files, **quantized.files}.items():
         (directory / name).write_text(text)
     path = directory / "config.json"
     config = {**json.loads(path.read_text()), **plan.config} if with_base else {**plan.config, **quantized.config}
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _is_parameter(spec: TensorSpec) -> bool:
+    """Weights, quantised or not; no scales, and no numbers of tokens."""
+    return (spec.dtype.is_floating_point or spec.dtype is torch.int8) and not spec.name.endswith("_scale")

@@ -54,7 +54,7 @@ class Quantization(nn.Module):
         self.record, self.tp, self.is_on = record, tp, True
         self.linears, self.attentions = nn.ModuleDict(), nn.ModuleDict()
         self.targets: dict[str, Target] = {}
-        self.replaced: list[Any] = []
+        self.replaced: list[tuple[nn.Module, dict[str, Any]]] = []
         self.counted: Tensor | None = None
 
     def linear_quantizers(self) -> Iterator[tuple[Target, LinearQuantizer]]:
@@ -176,14 +176,17 @@ def remove(model: nn.Module) -> None:
     """Take out what `install` put in."""
     quantization = quantization_of(model)
     assert quantization is not None, "the model is quantised"
-    for module in quantization.replaced:
+    for module, before in quantization.replaced:
         del module.__dict__["forward"]
+        # Somebody else's object may have been in this place already.
+        module.__dict__.update(before)
     delattr(model, _CHILD)
 
 
 def _replace_forward(quantization: Quantization, module: nn.Module, forward: Callable[..., Any]) -> None:
+    own = vars(module)
+    quantization.replaced.append((module, {"forward": own["forward"]} if "forward" in own else {}))
     module.forward = forward
-    quantization.replaced.append(module)
 
 
 @contextmanager

@@ -87,6 +87,13 @@ def test_a_variable_that_is_set_wins_and_a_chain_can_begin_later(slurm: dict[str
     assert train.endswith("train.sbatch [64]") and export.endswith("export.sbatch [64]")
     assert "--dependency" not in train and "--dependency=afterok:101" in export
     assert "--gpus-per-node" not in train and "--partition=large --qos=high" in export
+    # Quantisation is a job of its own where it is asked for.
+    Path(slurm["CALLS"]).unlink()
+    quantised = {**slurm, "QUANTIZE_OPTIONS": "--export-quant-cfg int8_per_channel"}
+    assert submit(quantised, str(SCRIPTS / "config.sh"), "train").returncode == 0
+    _, quantize, export = calls(slurm, "sbatch")
+    assert "quantize.sbatch" in quantize and "--dependency=afterok:101" in quantize
+    assert "export.sbatch" in export and "--dependency=afterok:102" in export
     # Conversations that are there already need no synthesis.
     Path(slurm["CALLS"]).unlink()
     assert submit({**slurm, "PROMPTS": ""}).returncode == 0
@@ -97,7 +104,11 @@ def test_a_variable_that_is_set_wins_and_a_chain_can_begin_later(slurm: dict[str
     ("changes", "words", "part"),
     [
         ({"TRAIN_NODES": "3"}, (), "TRAIN_NODES x RANKS_PER_NODE = 24 is not a multiple of"),
-        ({}, (str(SCRIPTS / "config.sh"), "trian"), "stage trian is not one of synthesize convert train export"),
+        (
+            {},
+            (str(SCRIPTS / "config.sh"), "trian"),
+            "stage trian is not one of synthesize convert train quantize export",
+        ),
     ],
 )
 def test_a_wrong_chain_is_not_submitted(

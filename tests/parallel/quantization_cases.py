@@ -77,6 +77,25 @@ def loss_and_gradients(model: GPTModel) -> dict[str, Any] | None:
     return {"loss": output.loss.detach(), "gradients": gradients}
 
 
+def teachers(*, directory: Path, layout: Layout, recipe: Recipe) -> dict[str, Any] | None:
+    """The loss with either teacher, and what the other one is: last hidden states before and after quantisation."""
+    with parallel_runtime(layout):
+        plain = drafted(directory, layout)
+        batch = make_batch([CORPUS.document(0)], num_steps=3, row_multiple=2, num_samples=1)
+        with torch.no_grad():
+            before = DraftStep(plain)._run_base(batch).features
+            model = quantize(plain, recipe, see_corpus if recipe.is_calibrated else None)
+            losses = [DraftStep(model, teacher=teacher)(batch) for teacher in ("as_loaded", "unquantized")]
+            features = DraftStep(model, teacher="unquantized")._run_base(batch).features
+        if before is None or features is None:
+            return None
+        return {
+            "losses": [float(loss.loss) for loss in losses if loss is not None],
+            "is the one before": features.teacher is not None and torch.equal(features.teacher, before.last),
+            "is another": not torch.equal(features.last, before.last),
+        }
+
+
 def quantize_in(
     *, directory: Path, layout: Layout, recipe: Recipe, method: CalibrationMethod = "max", save: Path | None = None
 ) -> dict[str, Any]:

@@ -199,3 +199,20 @@ def test_patterns_that_cannot_be_meant(
         f"{CASES}:refused", world_size=2, directory=directory, layout=Layout(pipeline=2), recipe=recipe
     )
     assert all(part in each for each in found), found
+
+
+@pytest.mark.parametrize("layout", ["TP2+SP", "PP2"])
+def test_the_unquantised_teacher_is_the_base_as_it_was(layout: str, rank_pool: RankPool, directory: Path) -> None:
+    where, world_size = LAYOUTS[layout]
+    recipe = recipe_of("int4_per_channel", with_kv=False)
+    *_, found = rank_pool.run(
+        f"{CASES}:teachers", world_size=world_size, directory=directory, layout=where, recipe=recipe
+    )
+    assert found["is the one before"] and found["is another"]
+    quantised, unquantised = found["losses"]
+    assert quantised != unquantised
+    of_draft = recipe.model_copy(update={"include": ("eagle_module.*",)})
+    *_, found = rank_pool.run(
+        f"{CASES}:teachers", world_size=world_size, directory=directory, layout=where, recipe=of_draft
+    )
+    assert not found["is another"] and found["losses"][0] == found["losses"][1]

@@ -62,3 +62,31 @@ def block_amax(weight: Array, blocks: Sequence[int]) -> Array:
             block = (slice(top, top + rows), slice(left, left + columns))
             found[block] = np.abs(weight[block]).max()
     return found
+
+
+def quantize_rows(x: Array, amax: Array, number: str) -> Array:
+    """`quantize` of many values: the nearest numbers are found in the table by bisection of all at once."""
+    if number != "e4m3":
+        return quantize(x, amax, number)
+    scale = np.where(amax > 0, np.float32(amax) / np.float32(448), 1.0).astype(np.float64)
+    return nearest_of_many(x / scale) * scale
+
+
+def nearest_of_many(ratio: Array) -> Array:
+    """`nearest_e4m3` of each."""
+    table, size = np.array(E4M3), np.minimum(np.abs(ratio), E4M3[-1])
+    above = np.searchsorted(table, size)
+    below = np.maximum(above - 1, 0)
+    to_low, to_high = size - table[below], table[above] - size
+    takes_low = (to_low < to_high) | ((to_low == to_high) & (below % 2 == 0))
+    return np.copysign(np.where(takes_low & (above > 0), table[below], table[above]), ratio)
+
+
+def whole_scale(scale: Array, shape: tuple[int, int]) -> Array:
+    """A scale of a file, of the tensor, of channels or of blocks of 128 x 128, on every entry of its weight."""
+    if scale.size == 1:
+        return np.full(shape, float(scale.reshape(-1)[0]))
+    if scale.size == shape[0]:
+        return np.broadcast_to(scale.reshape(-1, 1).astype(np.float64), shape)
+    blocks = scale.reshape(-(-shape[0] // 128), -(-shape[1] // 128)).astype(np.float64)
+    return np.kron(blocks, np.ones((128, 128)))[: shape[0], : shape[1]]
