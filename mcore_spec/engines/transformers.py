@@ -46,7 +46,9 @@ class TransformersEngine:
             is_cuda = torch.cuda.is_available()
             device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        self._base = TransformersBase(model.to(device).eval())
+        # A call of the class itself: PreTrainedModel.to is typed as a wrapper.
+        self._base = TransformersBase(model.eval())
+        torch.nn.Module.to(model, device)
         self._device = device
         self._num_aux = len(aux_layer_ids)
         # The last layer's own output stands before the norm.
