@@ -22,16 +22,10 @@ from mcore_spec.data.hidden_states.states import DTYPES
 from mcore_spec.data.hidden_states.writer import finish_store
 from mcore_spec.engines.final_norm import FinalNorm
 from mcore_spec.errors import ConfigError
-from mcore_spec.planning.states import StatesDtype
+from mcore_spec.planning.states import STORAGE_DTYPES, StatesDtype, StorageName
 from mcore_spec.weights.base_directory import BaseDirectory, find_base
 
 FORMS: dict[str, Form] = {"modelopt": MODELOPT, "speculators-v1": SPECULATORS_V1, "speculators": SPECULATORS}
-STORAGE: dict[str, StatesDtype] = {
-    "bf16": "bfloat16",
-    "fp8": "float8_e4m3fn",
-    "fp32": "float32",
-    "fp64": "float64",
-}
 
 
 class OwnReader:
@@ -146,7 +140,7 @@ def check_base(facts: Facts, base: BaseDirectory, *, where: Path) -> None:
 
 
 def write_own(
-    reader: Reader, directory: Path, origin: StoreDescription | BaseDirectory | None, *, storage: str | None
+    reader: Reader, directory: Path, origin: StoreDescription | BaseDirectory | None, *, storage: StorageName | None
 ) -> None:
     """Write a store of ours.
 
@@ -160,7 +154,7 @@ def write_own(
         ConfigError: documents that do not fit each other or the base.
     """
     facts = reader.facts
-    dtype = _stored_dtype(reader.states(0).last.dtype) if storage is None else STORAGE[storage]
+    dtype = _stored_dtype(reader.states(0).last.dtype) if storage is None else STORAGE_DTYPES[storage]
     assert origin is not None, "arguments were checked"
     described = _describe(reader, origin) if isinstance(origin, BaseDirectory) else origin
     description = described.model_copy(update={"dtype": dtype, "last_is_normed": facts.last_is_normed})
@@ -211,7 +205,7 @@ def _write_foreign(
     for index in range(facts.num_documents):
         states = reader.states(index)
         if arguments.storage_dtype is not None:
-            dtype = DTYPES[STORAGE[arguments.storage_dtype]]
+            dtype = DTYPES[STORAGE_DTYPES[arguments.storage_dtype]]
             states = states._replace(aux=states.aux.to(dtype), last=states.last.to(dtype))
         writer.append(index, states)
     writer.finish()

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from mcore_spec.cli.arguments import ConvertArguments, ExportArguments, flag_of
 from mcore_spec.cli.engine_arguments import ExtractEngineArguments
 from mcore_spec.cli.evaluation_arguments import GenerateArguments, ValidateArguments
-from mcore_spec.cli.extract_arguments import ExtractArguments
+from mcore_spec.cli.extract_arguments import ExtractArguments, ExtractHfArguments
 from mcore_spec.cli.parser import Section, parse_arguments, suggest
 from mcore_spec.cli.plan_arguments import PlanArguments
 from mcore_spec.cli.quantization_arguments import QuantizeArguments
@@ -98,6 +98,12 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "mcore_spec.cli.extract:run",
             "output_dir",
         ),
+        "extract-hf": Command(
+            ExtractHfArguments,
+            "The same with a transformers model, a whole one on each data-parallel rank.",
+            "mcore_spec.cli.extract_hf:run",
+            "output_dir",
+        ),
         "extract-engine": Command(
             ExtractEngineArguments,
             "Write the hidden states of a base that runs in vLLM or TensorRT-LLM, for training without it.",
@@ -168,15 +174,24 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
         name: the command.
         argv: its command line without names (default: the process's).
     """
-    command = COMMANDS[name]
+    return run_script(COMMANDS[name], argv, prog=f"{PROG} {name}", section=Section(name, list(COMMANDS)))
+
+
+def run_script(
+    command: Command, argv: Sequence[str] | None = None, *, prog: str, section: Section | None = None
+) -> int:
+    """Run a command that need not be one of `COMMANDS` and return the exit code.
+
+    Args:
+        command: what it takes and does.
+        argv: its command line without names (default: the process's).
+        prog: its name, for ``--help`` and errors.
+        section: see `parse_arguments`.
+    """
     words = sys.argv[1:] if argv is None else argv
     try:
         arguments = parse_arguments(
-            command.arguments_class,
-            words,
-            prog=f"{PROG} {name}",
-            description=command.description,
-            section=Section(name, list(COMMANDS)),
+            command.arguments_class, words, prog=prog, description=command.description, section=section
         )
     except McoreSpecError as error:
         say_error(str(error))

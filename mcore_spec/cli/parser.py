@@ -145,6 +145,8 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> No
     flags = _flags(name, field)
     if _is_switch(field):
         group.add_argument(*flags, dest=name, action=_StoreOnce, nargs=0, help=text)
+    elif get_origin(_kind(field)) is tuple and get_args(_kind(field))[0] is int:
+        group.add_argument(*flags, dest=name, action="extend", nargs="+", metavar=_metavar(name, field), help=text)
     elif get_origin(_kind(field)) is tuple:
         group.add_argument(*flags, dest=name, action="append", metavar=_metavar(name, field), help=text)
     else:

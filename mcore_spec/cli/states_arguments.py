@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from mcore_spec.config import StrictConfig
+from mcore_spec.planning.states import StorageName
 
 OWN: Literal["mcore-spec"] = "mcore-spec"
 StatesForm = Literal["mcore-spec", "modelopt", "speculators-v1", "speculators"]
@@ -28,7 +29,7 @@ class HiddenStatesArguments(StrictConfig):
     aux_layer_ids: tuple[int, ...] = Field(
         (),
         description="Layers of the aux states, ascending, 0-based by output, where the files do not say (modelopt, "
-        "speculators); repeat the flag. Ids of vLLM and speculators are one higher.",
+        "speculators). Ids of vLLM and speculators are one higher.",
     )
     layer_id_convention: Literal["boundary", "output"] | None = Field(
         None, description="How data_config.json numbers layers, where it does not say (speculators-v1)."
@@ -38,7 +39,7 @@ class HiddenStatesArguments(StrictConfig):
     )
     counts_all_tokens: bool = Field(False, description="Files without a loss mask are learnt from whole (modelopt).")
     norm_last: bool = Field(False, description="Send the last state through the final norm of --base.")
-    storage_dtype: Literal["bf16", "fp8", "fp32", "fp64"] | None = Field(
+    storage_dtype: StorageName | None = Field(
         None, description="Dtype of the result. Default: that of the input, float32 for float16 and eight bits."
     )
 

@@ -1,1 +1,1 @@
-"""Inference engines as what computes the hidden states of a base: vLLM and TensorRT-LLM."""
+"""What computes the hidden states of a base from its Hugging Face directory: vLLM, TensorRT-LLM, transformers."""

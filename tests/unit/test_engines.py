@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from mcore_spec.config import BaseIdentity
 from mcore_spec.data.hidden_states import StatesStore
+from mcore_spec.data.hidden_states.plan import ExtractionPlan
 from mcore_spec.data.store_files import StoreCounts, StoreWriter, TokenStore
-from mcore_spec.engines.extract import Captured, Plan, check_bytes, extract
+from mcore_spec.engines.extract import Captured, extract
 from mcore_spec.engines.final_norm import FinalNorm
 from mcore_spec.engines.tensorrt_llm import TensorRtLlmEngine, read_dump
 from mcore_spec.engines.vllm import VllmEngine
@@ -50,9 +51,12 @@ class CountingEngine:
             rows = torch.tensor(token_ids, dtype=torch.float32)[:, None].expand(-1, HIDDEN)
             yield Captured(torch.stack([rows + 0.25, rows + 0.5], dim=1), rows)
 
+    def close(self) -> None:
+        pass
+
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Plan:
+def plan(tmp_path: Path) -> ExtractionPlan:
     tokens = tmp_path / "tokens"
     tokens.mkdir()
     with StoreWriter(tokens) as writer:
@@ -60,13 +64,27 @@ def plan(tmp_path: Path) -> Plan:
             writer.append(token_ids, [False] + [True] * (len(token_ids) - 1))
     counts = StoreCounts(documents=writer.num_documents, tokens=writer.num_tokens, masked_tokens=writer.num_masked)
     writer.finish(fingerprint="tokens", seq_length=8, sources=["here"], counts=counts)
-    base = BaseDirectory(tmp_path, base_architecture(), BaseIdentity(source="a base", fingerprint="weights"))
-    return Plan(base, TokenStore(tokens), "tokenizer", len(CONVERSATIONS), AUX, "float32", tmp_path / "states")
+    conversations = TokenStore(tokens)
+    return ExtractionPlan(
+        architecture=base_architecture(),
+        identity=BaseIdentity(source="a base", fingerprint="weights"),
+        conversations=conversations,
+        tokenizer_fingerprint="tokenizer",
+        num_documents=len(CONVERSATIONS),
+        aux_layer_ids=AUX,
+        dtype="float32",
+        documents=conversations,
+    )
 
 
-def test_states_stand_where_their_tokens_are(plan: Plan) -> None:
-    assert extract(plan, CountingEngine(), backend="vllm", batch_size=2) == 5
-    store = StatesStore(plan.output, verify=True)
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "states"
+
+
+def test_states_stand_where_their_tokens_are(plan: ExtractionPlan, output: Path) -> None:
+    assert extract(plan.describe("vllm"), plan.documents, CountingEngine(), output, batch_size=2) == 5
+    store = StatesStore(output, verify=True)
     for index, token_ids in enumerate(CONVERSATIONS):
         states = store.states(index)
         expected = torch.tensor(token_ids, dtype=torch.float32)[:, None].expand(-1, HIDDEN)
@@ -79,35 +97,26 @@ def test_states_stand_where_their_tokens_are(plan: Plan) -> None:
     assert (about.base_fingerprint, about.conversation_fingerprint) == ("weights", "tokens")
 
 
-def test_an_interrupted_extraction_asks_for_what_is_missing(plan: Plan) -> None:
+def test_an_interrupted_extraction_asks_for_what_is_missing(plan: ExtractionPlan, output: Path) -> None:
     first = CountingEngine(dies_at=3)
     # A shard a conversation: what was written is on the disk.
     with pytest.raises(KeyboardInterrupt):
-        extract(plan, first, backend="vllm", batch_size=1, max_shard_bytes=1)
+        extract(plan.describe("vllm"), plan.documents, first, output, batch_size=1, max_shard_bytes=1)
     with pytest.raises(CheckpointError, match="not finished"):
-        StatesStore(plan.output)
+        StatesStore(output)
     second = CountingEngine()
     # The last one stood in memory.
-    assert extract(plan, second, backend="vllm", batch_size=1) == 3
+    assert extract(plan.describe("vllm"), plan.documents, second, output, batch_size=1) == 3
     assert second.asked == CONVERSATIONS[2:]
-    assert len(StatesStore(plan.output, verify=True)) == 5
+    assert len(StatesStore(output, verify=True)) == 5
 
 
-def test_a_part_of_the_conversations_is_another_store(plan: Plan) -> None:
+def test_a_part_of_the_conversations_is_another_store(plan: ExtractionPlan, output: Path) -> None:
     some = plan._replace(num_documents=2)
-    assert some.describe("vllm", last_is_normed=True).conversation_fingerprint != "tokens"
-    extract(some, CountingEngine(), backend="vllm", batch_size=8)
-    assert len(StatesStore(plan.output)) == 2
+    extract(some.describe("vllm"), some.documents, CountingEngine(), output, batch_size=8)
+    assert len(StatesStore(output)) == 2
     with pytest.raises(CheckpointError, match="conversation_fingerprint"):
-        extract(plan, CountingEngine(), backend="vllm", batch_size=8)
-
-
-def test_a_store_that_is_too_large_is_refused_before(plan: Plan) -> None:
-    # 13 tokens: an int32, a byte, and three float32 states of width 16.
-    assert plan.num_bytes == 13 * (5 + 3 * HIDDEN * 4)
-    check_bytes(plan, max_bytes=plan.num_bytes)
-    with pytest.raises(ConfigError, match="--max-bytes"):
-        check_bytes(plan, max_bytes=plan.num_bytes - 1)
+        extract(plan.describe("vllm"), plan.documents, CountingEngine(), output, batch_size=8)
 
 
 def test_the_final_norm_is_the_bases(tmp_path: Path) -> None:
