@@ -9,6 +9,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mcore_spec.config import BaseArchitecture, BaseIdentity, StrictConfig
+from mcore_spec.errors import CheckpointError
 
 FORMAT_VERSION = 1
 # Beginnings of the names that a Megatron-LM checkpoint holds besides the model's.
@@ -33,6 +34,10 @@ def storage_reason(error: BaseException) -> str:
     return str(error)
 
 
+# Beginning of the names of a base's layers.
+LAYERS = "decoder.layers."
+
+
 class ConversionRecord(StrictConfig):
     """How the draft was attached."""
 
@@ -49,3 +54,19 @@ class CheckpointRecord(StrictConfig):
     conversion: ConversionRecord | None
     packages: dict[str, str]
     training: dict[str, Any] | None = None
+
+    def check_has_layers(self, what: str, *, remedy: str) -> None:
+        """Refuse a base that cannot run.
+
+        Args:
+            what: needs its layers.
+            remedy: what to do instead.
+
+        Raises:
+            CheckpointError: it is kept without them.
+        """
+        if not self.base.has_layers:
+            raise CheckpointError(
+                f"{what} runs the base, but the checkpoint of {self.identity.source} was made with "
+                f"--export-offline-model and has no layers: {remedy}"
+            )

@@ -29,6 +29,9 @@ def run(arguments: ExportArguments) -> None:
                 f"load = {arguments.load} has no draft; convert it first, or leave "
                 f"{' and '.join(flag_of(field) for field in sorted(asked))} out"
             )
+        if not arguments.export_extra_modules:
+            remedy = "give --export-extra-modules, which writes the draft alone"
+            checkpoint.record.check_has_layers("what is exported", remedy=remedy)
         run_on_rank_zero(lambda: check_export_directory(directory, overwrite=arguments.overwrite))
         model = load_checkpoint(checkpoint, layout, transformer_impl=arguments.transformer_impl)
         if arguments.export_extra_modules:

@@ -122,6 +122,10 @@ class Data(NamedTuple):
 
 def _find_data(arguments: FinetuneArguments, checkpoint: Checkpoint, task: Task) -> Data:
     """Conversations for a base that runs, or the store of its hidden states."""
+    if arguments.offline_distillation_data is None or arguments.eval_acceptance_interval is not None:
+        what = "--data-path" if arguments.offline_distillation_data is None else "--eval-acceptance-interval"
+        remedy = "give --offline-distillation-data; measure with validate --base HF_DIRECTORY --draft EXPORT"
+        checkpoint.record.check_has_layers(what, remedy=remedy)
     if arguments.offline_distillation_data is None:
         tokenizer = choose_tokenizer(checkpoint, arguments.tokenizer_model)
         cache_dir = Path(arguments.save) / "data_cache"
