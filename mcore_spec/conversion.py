@@ -180,7 +180,8 @@ def convert(
             vocabulary is smaller than the base's.
         seed: of the initial weights; they do not depend on the parallel layout.
         draft_init: ``"base"``: EAGLE-3's first layer starts as the base's last one; ``"random"``; or ``"auto"``: as
-            the base where it then is the base's layer, which learns faster, and random otherwise.
+            the base where it then is the base's layer, which learns faster, and random otherwise, also where the
+            base is kept without its layers.
 
     Returns:
         The same object.
@@ -289,7 +290,7 @@ def _fill_draft(draft: Draft, base: Base, *, d2t: Tensor | None, seed: int, draf
     layer = draft.layer_of_base()
     if layer is not None:
         layer.load_state_dict(base.last_layer_weights())
-    if draft_init == "random":
+    if draft_init == "random" or (draft_init == "auto" and not base.architecture.has_layers):
         return
     last_layer = base.last_layer_weights()
     if draft_init == "base" or draft.can_warm_start(last_layer, base.architecture):

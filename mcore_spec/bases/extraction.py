@@ -17,7 +17,7 @@ from mcore_spec.bases.features import Features
 from mcore_spec.data.batch import make_batch
 from mcore_spec.data.hidden_states import DocumentStates, StatesWriter
 from mcore_spec.data.hidden_states.plan import ExtractionPlan
-from mcore_spec.data.hidden_states.writer import DEFAULT_SHARD_BYTES, begin_store, finish_store, written_shards
+from mcore_spec.data.hidden_states.writer import begin_store, finish_store, written_shards
 from mcore_spec.data.packing import pack
 from mcore_spec.parallel.collectives import Group, group_rank
 from mcore_spec.parallel.documents import Documents, document_multiple, row_multiple, whole_rows
@@ -88,7 +88,7 @@ def extract_states(
     rows_at_once: int,
     is_stopped: Callable[[], bool],
     advance: Callable[[int], None],
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int,
 ) -> Extracted:
     """Compute what is missing in the store, and finish it; every rank must call.
 

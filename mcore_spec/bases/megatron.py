@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from mcore_spec.bases.features import Features
 from mcore_spec.bases.megatron_build import BaseGPTModel, cached_options, describe, packed_options
 from mcore_spec.drafts.draft import Draft
+from mcore_spec.errors import UnsupportedError
 from mcore_spec.layers.cache import KeyValueCache, NewRows
 from mcore_spec.layers.embedding import embed_tokens
 from mcore_spec.parallel.collectives import group_rank, group_size
@@ -206,7 +207,11 @@ class MegatronBase:
         """This rank's weights of the last decoder layer under the names of a draft's layer; last stage only.
 
         A layer with experts has no weights of an MLP.
+
+        Raises:
+            UnsupportedError: a base that is kept without its layers.
         """
+        self._check_layers("has no last layer for a draft to take")
         layer, architecture = self.model.decoder.layers[-1], self.architecture
         state = dict(layer.named_parameters())
         per_group = architecture.num_attention_heads // architecture.num_key_value_heads
@@ -234,6 +239,13 @@ class MegatronBase:
             gate, up = state["mlp.linear_fc1.weight"].chunk(2)
             weights |= {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
         return weights
+
+    def _check_layers(self, problem: str) -> None:
+        if not self.architecture.has_layers:
+            raise UnsupportedError(
+                f"a base that is kept without its layers {problem}; use a checkpoint that has them (convert without "
+                "--export-offline-model)"
+            )
 
     def add_last_stage_embedding(self, rows: Tensor) -> None:
         """Attach the copy of the embedding; a checkpoint fills it where `rows` are not known yet."""
@@ -325,6 +337,7 @@ class MegatronBase:
         self, embedded: Tensor | None, received: list[Tensor], aux_layer_ids: Sequence[int], options: dict[str, Any]
     ) -> Features | Tensor:
         """This stage's layers, and what `run_stage` returns."""
+        self._check_layers("computes no hidden states")
         with capture_layer_outputs(self.model, aux_layer_ids) as captured:
             hidden = self.model.decoder(hidden_states=embedded, attention_mask=None, **options)
         aux = [*received, *captured]

@@ -21,6 +21,7 @@ from mcore_spec.bases.megatron_layers import (
     BaseRotaryEmbedding,
     CausalAttention,
     document_params,
+    empty_block_spec,
     local_block_spec,
     transformer_engine_layer_spec,
 )
@@ -96,9 +97,12 @@ def build_gpt_model(
         # Weights are then made where torch makes tensors by default, and not on the GPU.
         config.use_cpu_initialization = True
         config.init_model_with_meta_device = True
-    if transformer_impl == "transformer_engine":
+    spec: Any
+    if not architecture.has_layers:
+        spec = empty_block_spec()
+    elif transformer_impl == "transformer_engine":
         require_transformer_engine()
-        spec: Any = transformer_engine_layer_spec(config)
+        spec = transformer_engine_layer_spec(config)
     else:
         spec = local_block_spec(config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -133,7 +137,13 @@ def check_layout(architecture: BaseArchitecture, layout: Layout) -> None:
 
     Raises:
         ConfigError: names the size that does not divide.
+        UnsupportedError: stages of a base without layers.
     """
+    if not architecture.has_layers and layout.pipeline > 1:
+        raise UnsupportedError(
+            f"pipeline_model_parallel_size = {layout.pipeline} for a base that is kept without its layers, "
+            "which is one stage; give 1"
+        )
     check_divides(
         architecture, tensor=layout.tensor, pipeline=layout.pipeline, last_stage_layers=layout.last_stage_layers
     )

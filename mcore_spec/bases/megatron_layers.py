@@ -294,6 +294,11 @@ class BaseRotaryEmbedding(nn.Module):
         return most
 
 
+def empty_block_spec() -> TransformerBlockSubmodules:
+    """Submodules of a `TransformerBlock` that is the final norm alone."""
+    return TransformerBlockSubmodules(layer_specs=[], layer_norm=BaseRMSNorm)
+
+
 def local_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """Submodules of one pipeline stage's `TransformerBlock`, with our norm and attention."""
     from megatron.core.models.gpt.gpt_layer_specs import get_num_layers_to_build

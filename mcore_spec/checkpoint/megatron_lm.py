@@ -31,13 +31,14 @@ _REQUIRED = (
 def megatron_lm_common(base: BaseArchitecture, iteration: int) -> dict[str, Any]:
     """What Megatron-LM looks for beside the weights.
 
-    Its arguments are left out where they could not say the base's rotary embedding: taking them from the
-    checkpoint would build another model without a word.
+    Its arguments are left out where they could not say the base's rotary embedding, or that it has no layers: taking
+    them from the checkpoint would build another model without a word.
     """
     is_scaled = base.rope.rope_type == "llama3"
     common = {"checkpoint_version": 3.0, "iteration": iteration}
     fixed = {name: base.rope.scaling.get(name) for name in MEGATRON_LLAMA3}
-    if base.rope.rope_type not in ("default", "llama3") or (is_scaled and fixed != MEGATRON_LLAMA3):
+    is_known = base.rope.rope_type in ("default", "llama3") and not (is_scaled and fixed != MEGATRON_LLAMA3)
+    if not (is_known and base.has_layers):
         return common
     args = argparse.Namespace(
         num_layers=base.num_layers,

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mcore_spec.config import BaseArchitecture, BaseIdentity, StrictConfig
 from mcore_spec.config.quantization import QuantizationRecord
+from mcore_spec.errors import CheckpointError
 
 FORMAT_VERSION = 1
 # Beginnings of the names that a Megatron-LM checkpoint holds besides the model's.
@@ -34,6 +35,10 @@ def storage_reason(error: BaseException) -> str:
     return str(error)
 
 
+# Beginning of the names of a base's layers.
+LAYERS = "decoder.layers."
+
+
 class ConversionRecord(StrictConfig):
     """How the draft was attached."""
 
@@ -51,3 +56,35 @@ class CheckpointRecord(StrictConfig):
     packages: dict[str, str]
     training: dict[str, Any] | None = None
     quantization: QuantizationRecord | None = None
+
+    def check_not_quantized(self, what: str, *, remedy: str) -> None:
+        """Refuse a base that computes with quantised weights.
+
+        Args:
+            what: needs the base as it was.
+            remedy: what to do instead.
+
+        Raises:
+            CheckpointError: it is quantised.
+        """
+        if self.quantization is not None:
+            raise CheckpointError(
+                f"{what}, but the checkpoint of {self.identity.source} is quantised ({self.quantization.recipe.name}): "
+                f"{remedy}"
+            )
+
+    def check_has_layers(self, what: str, *, remedy: str) -> None:
+        """Refuse a base that cannot run.
+
+        Args:
+            what: needs its layers.
+            remedy: what to do instead.
+
+        Raises:
+            CheckpointError: it is kept without them.
+        """
+        if not self.base.has_layers:
+            raise CheckpointError(
+                f"{what} runs the base, but the checkpoint of {self.identity.source} was made with "
+                f"--export-offline-model and has no layers: {remedy}"
+            )

@@ -29,6 +29,7 @@ from mcore_spec.bases.megatron_build import BaseGPTModel, TransformerImpl, build
 from mcore_spec.checkpoint.megatron_lm import megatron_lm_common, megatron_lm_record
 from mcore_spec.checkpoint.record import (
     FORMAT_VERSION,
+    LAYERS,
     NOT_MODEL,
     STORAGE_ERRORS,
     CheckpointRecord,
@@ -290,7 +291,8 @@ def restore(model: GPTModel, checkpoint: Checkpoint) -> None:
             base.add_last_stage_embedding(torch.empty_like(base.head_weight()))
     if record.quantization is not None:
         install(model, record.quantization)
-    loaded = _load({"model": model_state(model)}, checkpoint.path, ignored=NOT_MODEL)
+    ignored = NOT_MODEL if record.base.has_layers else (*NOT_MODEL, LAYERS)
+    loaded = _load({"model": model_state(model)}, checkpoint.path, ignored=ignored)
     model.load_state_dict(loaded["model"])
     _zero_vocabulary_padding(base)
 

@@ -177,14 +177,20 @@ class ConvertArguments(BaseArguments, ParallelArguments, DryRunArguments):
     )
     export_eagle_algorithm: EagleAlgorithm = Field("eagle3", description="Member of the EAGLE family (eagle).")
     eagle_config: Path | None = Field(None, description="The same as --algorithm-config, by ModelOpt's name (eagle).")
+    export_offline_model: bool = Field(
+        False,
+        description="Keep only embedding, final norm and head of the base, for finetune --offline-distillation-data; "
+        "its layers are not read. Off: the whole base.",
+    )
     draft_vocab_cache: Path | None = Field(
         None, description="File with the draft vocabulary, where the draft may have one. Default: the base's."
     )
     draft_init: DraftStart = Field(
         "auto",
         description="What the draft starts as: random, or EAGLE-3's layer as the base's last one (base); auto: base "
-        "where it then is the base's layer, random where sizes, norms or biases differ; mtp: EAGLE-MTP as the base's "
-        "own layer for multi-token prediction, of a base in MiMo's layout (eagle).",
+        "where it then is the base's layer, random where sizes, norms or biases differ, or with "
+        "--export-offline-model; mtp: EAGLE-MTP as the base's own layer for multi-token prediction, of a base in "
+        "MiMo's layout (eagle).",
     )
     export_num_medusa_heads: int | None = Field(
         None, ge=1, description=f"Heads; head i predicts token t+2+i (medusa). Default: {_MEDUSA.medusa_num_heads}."
@@ -206,6 +212,10 @@ class ConvertArguments(BaseArguments, ParallelArguments, DryRunArguments):
             )
         if self.eagle_config is not None and self.algorithm_config is not None:
             raise ValueError("--eagle-config and --algorithm-config are two names of one option: keep one")
+        if self.export_offline_model and self.draft_init == "base":
+            raise ValueError(
+                "--draft-init base takes the base's last layer, --export-offline-model leaves it out: drop one"
+            )
         return self
 
     def algorithm_flags(self) -> dict[str, Any]:

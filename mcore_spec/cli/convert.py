@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -129,7 +129,7 @@ def _find_source(arguments: ConvertArguments) -> Source:
                 "checkpoint that it was made from, and quantise base and draft together then"
             )
         files = sorted(checkpoint.tokenizer_path.glob("*")) if checkpoint.tokenizer_path.is_dir() else []
-        return Source(_with_dtype(checkpoint.record, arguments), checkpoint.path, files)
+        return Source(_as_asked(checkpoint.record, arguments), checkpoint.path, files)
     assert arguments.pretrained_model_path is not None
     directory, base, identity, mtp = find_base(arguments.pretrained_model_path, with_weights=not arguments.dry_run)
     if identity.fingerprint:
@@ -137,7 +137,7 @@ def _find_source(arguments: ConvertArguments) -> Source:
             check_tensors(weights, base, cast=arguments.params_dtype != "auto")
     record = CheckpointRecord(base=base, identity=identity, conversion=None, packages={})
     files = [directory / name for name in TOKENIZER_FILES if (directory / name).exists()]
-    return Source(_with_dtype(record, arguments), directory, files, mtp)
+    return Source(_as_asked(record, arguments), directory, files, mtp)
 
 
 def _check_mtp(arguments: ConvertArguments, source: Source) -> None:
@@ -159,11 +159,14 @@ def _check_mtp(arguments: ConvertArguments, source: Source) -> None:
         raise ConfigError("draft_init = mtp is for EAGLE-MTP drafts; give --export-eagle-algorithm eagle-mtp")
 
 
-def _with_dtype(record: CheckpointRecord, arguments: ConvertArguments) -> CheckpointRecord:
-    if arguments.params_dtype == "auto":
-        return record
-    base = record.base.model_copy(update={"dtype": DTYPE_NAMES[arguments.params_dtype]})
-    return record.model_copy(update={"base": base})
+def _as_asked(record: CheckpointRecord, arguments: ConvertArguments) -> CheckpointRecord:
+    """In another dtype, and without its layers."""
+    changes: dict[str, Any] = {}
+    if arguments.params_dtype != "auto":
+        changes["dtype"] = DTYPE_NAMES[arguments.params_dtype]
+    if arguments.export_offline_model:
+        changes["has_layers"] = False
+    return record.model_copy(update={"base": record.base.model_copy(update=changes)})
 
 
 def _draft_vocabulary(arguments: ConvertArguments, source: Source) -> Tensor | None:
@@ -230,9 +233,10 @@ def _report(model: BaseGPTModel) -> None:
 
 def _describe_base(base: BaseArchitecture) -> str:
     num_parameters = sum(math.prod(spec.shape) for row in base_rows(base) for spec in stored_specs(row, base))
+    kept = "" if base.has_layers else ", none of them kept"
     return (
-        f"base: {base.family}, {base.num_layers} layers, hidden {base.hidden_size}, vocabulary {base.vocab_size:,}, "
-        f"{base.dtype}; {num_parameters:,} parameters"
+        f"base: {base.family}, {base.num_layers} layers{kept}, hidden {base.hidden_size}, "
+        f"vocabulary {base.vocab_size:,}, {base.dtype}; {num_parameters:,} parameters"
     )
 
 

@@ -43,6 +43,9 @@ def load_drafted_base(arguments: DraftedBaseArguments, layout: Layout) -> Drafte
     record = checkpoint.record
     if record.conversion is None:
         raise ConfigError(f"load = {arguments.load} has no draft; attach one first (mcore-spec convert)")
+    record.check_has_layers(
+        "decoding", remedy="export the draft and give both, --base HF_DIRECTORY --draft EXPORT_DIRECTORY"
+    )
     base = _with_dtype(record.base, arguments.params_dtype)
     check_layout(base, layout)
     tokenizer = checkpoint.choose_tokenizer(arguments.tokenizer_model)

@@ -31,6 +31,9 @@ def run(arguments: ExportArguments) -> None:
                 f"{' and '.join(flag_of(field) for field in sorted(asked))} out"
             )
         check_form(checkpoint.record, arguments.export_quant_format)
+        if not arguments.export_extra_modules:
+            remedy = "give --export-extra-modules, which writes the draft alone"
+            checkpoint.record.check_has_layers("what is exported", remedy=remedy)
         run_on_rank_zero(lambda: check_export_directory(directory, overwrite=arguments.overwrite))
         model = load_checkpoint(checkpoint, layout, transformer_impl=arguments.transformer_impl)
         if arguments.export_extra_modules:

@@ -23,6 +23,8 @@ from mcore_spec.data.document import DocumentSource
 from mcore_spec.data.hidden_states.plan import ExtractionPlan, TrimmedDocuments
 from mcore_spec.data.store import TokenStore
 from mcore_spec.drafts.resolve import resolve_aux_layers
+from mcore_spec.errors import CheckpointError
+from mcore_spec.export.plan import exported_record
 from mcore_spec.parallel.layout import device, is_rank_zero, parallel_runtime, run_on_rank_zero
 from mcore_spec.planning.states import STORAGE_DTYPES
 from mcore_spec.training.log import ProgressBar
@@ -38,7 +40,7 @@ def run(arguments: ExtractArguments) -> None:
         base, identity = checkpoint.record.base, checkpoint.record.identity
         check_layout(base, layout)
         tokenizer = choose_tokenizer(checkpoint, arguments.tokenizer_model)
-        store = read_conversations(arguments, base, tokenizer, cache_dir=_cache(arguments))
+        store = read_conversations(arguments, base, tokenizer, cache_dir=cache_of(arguments))
         plan = make_plan(arguments, base, identity, store, tokenizer, own_layers=_layers_of_draft(checkpoint.record))
         model = load_checkpoint(checkpoint, layout, transformer_impl=arguments.transformer_impl)
         extract(MegatronBase(model), plan, arguments, backend="megatron", share=_share(model))
@@ -46,6 +48,15 @@ def run(arguments: ExtractArguments) -> None:
 
 def _find_base(arguments: ExtractArguments) -> Checkpoint:
     checkpoint = find_checkpoint(Path(arguments.load), step=arguments.ckpt_step)
+    record = checkpoint.record
+    record.check_has_layers("extract", remedy="extract with the checkpoint of the whole base")
+    what = "a store of hidden states is known by the base's own weights"
+    record.check_not_quantized(what, remedy="extract with the checkpoint that it was made from")
+    if exported_record(record) != record:
+        raise CheckpointError(
+            f"{what}, and load = {arguments.load} has trained the base of {record.identity.source} with its draft: "
+            "export both (export --export-dir DIR), and extract with extract-hf --pretrained-model-path DIR"
+        )
     if arguments.params_dtype == "auto":
         return checkpoint
     base = checkpoint.record.base.model_copy(update={"dtype": DTYPE_NAMES[arguments.params_dtype]})
@@ -56,7 +67,7 @@ def _layers_of_draft(record: CheckpointRecord) -> tuple[int, ...] | None:
     return None if record.conversion is None else check_trainable(record).aux_layer_ids
 
 
-def _cache(arguments: StoredStatesArguments) -> Path:
+def cache_of(arguments: StoredStatesArguments) -> Path:
     """Beside the store, which holds nothing but its own files."""
     output = Path(arguments.output_dir)
     return output.with_name(f"{output.name}.data_cache")
@@ -91,7 +102,8 @@ def make_plan(
     """
     layers = own_layers if arguments.aux_layer_ids is None else arguments.aux_layer_ids
     if layers is None or arguments.aux_layer_ids is not None:
-        layers = resolve_aux_layers(EagleArchitectureConfig(eagle_aux_hidden_state_layer_ids=layers or ()), base)
+        wanted = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": layers or ()}
+        layers = resolve_aux_layers(EagleArchitectureConfig.parse(wanted, where="--aux-layer-ids"), base)
     documents: DocumentSource = TrimmedDocuments(store) if arguments.drop_tail else store
     plan = ExtractionPlan(
         architecture=base,
@@ -125,6 +137,7 @@ def extract(
                 rows_at_once=arguments.seq_length * arguments.micro_batch_size,
                 is_stopped=lambda: stop.is_made_anywhere(share.device),
                 advance=bar.advance,
+                max_shard_bytes=arguments.max_shard_bytes,
             )
         finally:
             bar.close()

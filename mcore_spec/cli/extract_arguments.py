@@ -22,6 +22,11 @@ class StoredStatesArguments(DataConfig):
         "bf16", description="Dtype of the states on disk; fp8 has a scale for each token and layer."
     )
     max_bytes: int | None = Field(None, ge=1, description="Largest store that may be written. Default: no limit.")
+    max_shard_bytes: int = Field(
+        512 << 20,
+        ge=1,
+        description="Largest file; what a killed extraction has to compute again. A rank holds three times as much.",
+    )
     drop_tail: bool = Field(
         False,
         description="Leave out what stands behind the last token that the model must produce: no loss reads it. Rows "

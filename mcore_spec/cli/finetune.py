@@ -123,6 +123,10 @@ class Data(NamedTuple):
 
 def _find_data(arguments: FinetuneArguments, checkpoint: Checkpoint, task: Task) -> Data:
     """Conversations for a base that runs, or the store of its hidden states."""
+    if arguments.offline_distillation_data is None or arguments.eval_acceptance_interval is not None:
+        what = "--data-path" if arguments.offline_distillation_data is None else "--eval-acceptance-interval"
+        remedy = "give --offline-distillation-data; measure with validate --base HF_DIRECTORY --draft EXPORT"
+        checkpoint.record.check_has_layers(what, remedy=remedy)
     if arguments.offline_distillation_data is None:
         tokenizer = choose_tokenizer(checkpoint, arguments.tokenizer_model)
         cache_dir = Path(arguments.save) / "data_cache"
@@ -135,6 +139,9 @@ def _find_data(arguments: FinetuneArguments, checkpoint: Checkpoint, task: Task)
             f"{name} = {path}: the states of a base that changes cannot be stored, and this draft's configuration has "
             "eagle_freeze_base_model = false; train on --data-path"
         )
+    checkpoint.record.check_not_quantized(
+        f"{name} = {path} has hidden states of a base that is not", remedy="train on --data-path"
+    )
     base, identity = checkpoint.record.base, checkpoint.record.identity
     store = run_on_every_rank(lambda: open_states(path, base, identity, aux_layer_ids=task.aux_layer_ids, name=name))
     about = store.description

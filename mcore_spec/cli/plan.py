@@ -20,6 +20,7 @@ from mcore_spec.planning.report import (
     describe_memory,
     describe_model,
     describe_search,
+    describe_states,
     describe_work,
 )
 from mcore_spec.planning.search import find_layout
@@ -53,6 +54,8 @@ def run(arguments: PlanArguments) -> None:
             return
         setup = search.found.setup
     for line in describe_run(setup, machine, global_batch_size=arguments.global_batch_size):
+        say(line)
+    for line in describe_states(setup, num_tokens=arguments.num_tokens):
         say(line)
 
 

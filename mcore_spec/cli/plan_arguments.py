@@ -38,6 +38,9 @@ class PlanArguments(ParallelArguments, MachineArguments):
         "none", description="draft: forget the activations of the draft's steps and compute them again backward."
     )
     use_distributed_optimizer: bool = Field(True, description="Shard the optimizer over the data-parallel ranks.")
+    num_tokens: int | None = Field(
+        None, ge=1, description="Tokens of the conversations, for the size of a store of hidden states."
+    )
     find_layout: bool = Field(
         False, description="Look for the smallest layout that fits; the layout's own options are then left out."
     )

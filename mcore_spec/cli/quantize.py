@@ -60,6 +60,7 @@ def _find(arguments: QuantizeArguments) -> Checkpoint:
             f"load = {arguments.load} is quantised already ({done.recipe.name}); quantise the checkpoint that it was "
             "made from"
         )
+    checkpoint.record.check_has_layers("quantize", remedy="quantise a checkpoint of the whole base with the draft")
     if Path(arguments.save).resolve() == Path(arguments.load).resolve():
         raise ConfigError(
             f"--save {arguments.save} is --load: its newest iteration would be another model; choose another"

@@ -18,19 +18,18 @@ from mcore_spec.cli.terminal import say
 from mcore_spec.data.foreign_states.form import publish_file
 from mcore_spec.data.foreign_states.speculators_v1 import DATA_CONFIG
 from mcore_spec.errors import ConfigError
-from mcore_spec.parallel.layout import Layout, parallel_runtime, run_on_rank_zero
 from mcore_spec.weights.base_directory import find_base
 
-# Rank 0 generates the data while others wait.
-_TIMEOUT_S = 7 * 24 * 3600
 _GENERATION = {*DataGenerationArguments.model_fields} & {*GenAndTrainArguments.model_fields} - {"train_data_path"}
 
 
 def run(arguments: GenAndTrainArguments) -> None:
-    """Each step unless it was done; given again after an interruption, it goes on."""
+    """Each step unless it was done; given again after an interruption, it goes on. Under torchrun the first process
+    generates the data, and the others wait where training begins.
+    """
     output = Path(arguments.output_path)
-    with parallel_runtime(Layout(), timeout_s=_TIMEOUT_S):
-        run_on_rank_zero(lambda: _generate(arguments, output))
+    if speculators_train.is_first_process():
+        _generate(arguments, output)
     vocabulary = output / "vocab_mapping"
     training = arguments.model_dump(include={*DraftTrainArguments.model_fields})
     speculators_train.run(

@@ -35,13 +35,13 @@ from mcore_spec.data.hidden_states import DocumentStates, StatesStore
 from mcore_spec.data.hidden_states.files import MANIFEST
 from mcore_spec.drafts.vocab_map import check_draft_to_target, target_to_draft
 from mcore_spec.errors import ConfigError
-from mcore_spec.parallel.layout import Layout, parallel_runtime, run_on_rank_zero
+from mcore_spec.parallel.layout import process_group, run_on_rank_zero
 from mcore_spec.training.data import Conversations
 from mcore_spec.weights.base_directory import BaseDirectory, find_base
 
 _REQUEST = "request.json"
-# Reading and writing terabytes takes one rank longer than a collective waits otherwise.
-_TIMEOUT_S = 24 * 3600
+# Reading and writing terabytes takes the first process longer than the others wait otherwise.
+_TIMEOUT_S = 7 * 24 * 3600
 # Of nine conversations and more one in ten validates, as speculators does it.
 _SPLITS = {True: "90,10,0", False: "100,0,0"}
 _SMALLEST_SPLIT = 10
@@ -88,9 +88,15 @@ class Prepared(NamedTuple):
 
 def run(arguments: SpeculatorsTrainArguments) -> None:
     """Prepare, attach a draft, train, write a directory an epoch."""
-    with parallel_runtime(Layout(), timeout_s=_TIMEOUT_S):
+    if is_first_process():
+        _prepare(arguments)
+    # The others wait here for the first.
+    with process_group(timeout_s=_TIMEOUT_S):
         num_ranks = dist.get_world_size()
-        prepared = run_on_rank_zero(lambda: _prepare(arguments, num_ranks=num_ranks))
+        _run_steps(arguments, run_on_rank_zero(lambda: _count(arguments, num_ranks=num_ranks)))
+
+
+def _run_steps(arguments: SpeculatorsTrainArguments, prepared: Prepared) -> None:
     converted, training = prepared.run / "converted", prepared.run / "training"
     if not (converted / TRACKER).exists():
         convert.run(
@@ -143,13 +149,20 @@ def _finetune_arguments(
     )
 
 
-def _prepare(arguments: SpeculatorsTrainArguments, *, num_ranks: int) -> Prepared:
-    """On rank 0: everything that the steps read, unless an earlier run left it."""
+def is_first_process() -> bool:
+    """Whether this is rank 0 of torchrun, or alone. Asked before there are process groups: what takes hours does not
+    keep others in a collective, and may use collectives of its own.
+    """
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _prepare(arguments: SpeculatorsTrainArguments) -> None:
+    """Everything that the steps read, unless an earlier run left it."""
     base = find_base(arguments.verifier_name_or_path, field="verifier_name_or_path")
     reader = open_data(Path(arguments.data_path), seq_length=arguments.total_seq_len)
     check_base(reader.facts, base, where=Path(arguments.data_path))
     d2t = _draft_vocabulary(arguments, base)
-    directory = Path(arguments.log_dir) / (arguments.run_name or "run")
+    directory = _directory(arguments)
     _begin(directory, arguments, reader, base)
     draft = {
         "eagle_ttt_steps": arguments.ttt_steps,
@@ -165,7 +178,16 @@ def _prepare(arguments: SpeculatorsTrainArguments, *, num_ranks: int) -> Prepare
     if not (states / MANIFEST).exists():
         shutil.rmtree(states, ignore_errors=True)
         write_own(reader, states, base, storage=None)
-    store = StatesStore(states)
+
+
+def _directory(arguments: SpeculatorsTrainArguments) -> Path:
+    return Path(arguments.log_dir) / (arguments.run_name or "run")
+
+
+def _count(arguments: SpeculatorsTrainArguments, *, num_ranks: int) -> Prepared:
+    """How long the run is."""
+    directory = _directory(arguments)
+    store = StatesStore(directory / "states")
     prepared = Prepared(directory, 0, _SPLITS[len(store) >= _SMALLEST_SPLIT])
     planned = _finetune_arguments(arguments, prepared, interval=1)
     seq_length = store.description.seq_length

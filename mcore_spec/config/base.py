@@ -91,6 +91,9 @@ class BaseArchitecture(StrictConfig):
     )
     windowed_layers: tuple[bool, ...] = Field((), description="Which layers are windowed; empty: all, if any.")
     num_experts: int | None = Field(None, ge=1, description="Experts of each layer's MLP; none: a dense MLP.")
+    has_layers: bool = Field(
+        True, description="Off: embedding, final norm and head alone; hidden states come from a store."
+    )
     dtype: DtypeName = Field("bfloat16", description="Dtype of the weights.")
 
     @model_validator(mode="after")

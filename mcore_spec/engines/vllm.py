@@ -2,12 +2,13 @@
 
 vLLM counts boundaries: state i is what enters layer i, and state L (the number of layers) is what leaves the last
 one. All stand before the final norm. A prompt's states are kept in a cache of their own beside keys and values,
-and handed to a connector when the request ends, behind one sampled token.
+and handed to a connector in the step after the one in which the request ended, behind one sampled token.
 """
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,27 @@ from mcore_spec.engines.extract import Captured
 from mcore_spec.errors import ConfigError
 
 _CONNECTOR_MODULE, _CONNECTOR = "mcore_spec.engines.vllm_connector", "StatesConnector"
+_POLL_S = 0.01
 HOW = (
     "vLLM is not importable here: run this with an interpreter that has it and this package on PYTHONPATH "
     "(`bash tools/vllm_environment.sh` makes one on a machine without a GPU)"
 )
+
+
+def wait_for(path: Path, *, timeout_s: float = 600.0) -> Path:
+    """`path`, when it is there: vLLM says that a request ended one step before its states are written.
+
+    Raises:
+        ConfigError: it did not come.
+    """
+    end = time.monotonic() + timeout_s
+    while not path.is_file():
+        if time.monotonic() > end:
+            raise ConfigError(
+                f"vLLM did not write {path} within {timeout_s:g} s; see its log, and the space on the disk"
+            )
+        time.sleep(_POLL_S)
+    return path
 
 
 class VllmEngine:
@@ -89,7 +107,7 @@ class VllmEngine:
                 "kv_role": "kv_producer",
                 "kv_connector_extra_config": {
                     "shared_storage_path": str(scratch.resolve()),
-                    # A file is whole before its request ends.
+                    # A file takes its name when it is whole.
                     "use_synchronization_lock": False,
                 },
             },
@@ -101,7 +119,7 @@ class VllmEngine:
         outputs = self._engine.generate(prompts, self._sampling, use_tqdm=False)
         for token_ids, output in zip(conversations, outputs, strict=True):
             path = Path((output.kv_transfer_params or {}).get("hidden_states_path", ""))
-            captured = read_captured(path)
+            captured = read_captured(wait_for(path))
             if captured.token_ids.tolist() != token_ids:
                 raise ConfigError(f"vLLM returned states of other tokens than it was given ({path}); see its log")
             states = captured.hidden_states

@@ -1,7 +1,8 @@
 """What vLLM loads into its workers to hand hidden states out; imported by name, in vLLM's processes alone.
 
 vLLM's own `ExampleHiddenStatesConnector` copies through pinned memory and a CUDA stream, which a machine without a GPU
-does not have (0.32). Here a request's states are copied and written when it ends, before it is reported as ended.
+does not have (0.32). Here the states of a request that ended are copied and written at once, under another name
+until they are whole.
 """
 
 from __future__ import annotations

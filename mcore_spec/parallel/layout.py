@@ -89,18 +89,31 @@ def parallel_runtime(layout: Layout, *, seed: int = 1234, timeout_s: int = 1800)
     from megatron.core import parallel_state, tensor_parallel
 
     cpu_runtime.install()
+    with process_group(timeout_s=timeout_s):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            context_parallel_size=layout.context,
+        )
+        try:
+            tensor_parallel.model_parallel_cuda_manual_seed(seed)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def process_group(*, timeout_s: int) -> Iterator[None]:
+    """All ranks of the launcher for the time of a ``with`` block, unless they are a group already.
+
+    Around several `parallel_runtime` one after the other: gloo cannot begin a second group with the same launcher.
+    """
+    starts_group = not dist.is_initialized()
     if starts_group:
         _init_process_group(timedelta(seconds=timeout_s))
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        context_parallel_size=layout.context,
-    )
     try:
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
         yield
     finally:
-        parallel_state.destroy_model_parallel()
         if starts_group:
             dist.destroy_process_group()
 

@@ -10,6 +10,7 @@ from mcore_spec.planning.hardware import GIB, RESERVED_GIB, RESERVED_SHARE, Gpu,
 from mcore_spec.planning.layout import PlannedLayout
 from mcore_spec.planning.memory import RankMemory, stage_memories
 from mcore_spec.planning.search import Candidate, Search
+from mcore_spec.planning.states import STORAGE_DTYPES, StatesSize
 from mcore_spec.planning.weights import base_parameters, draft_sizes, draft_tensors, given
 from mcore_spec.planning.work import count_work, estimate_speed
 
@@ -52,6 +53,18 @@ def describe_model(setup: TrainingSetup) -> list[str]:
         f"{setup.num_steps} steps; {reads}; draft vocabulary {given(draft.draft_vocab_size):,}"
     )
     return lines
+
+
+def describe_states(setup: TrainingSetup, *, num_tokens: int | None) -> list[str]:
+    """What a store of the base's hidden states takes on disk, in each of its dtypes."""
+    num_aux = len(setup.architecture.eagle_aux_hidden_state_layer_ids)
+    parts = []
+    for name, dtype in STORAGE_DTYPES.items():
+        num_bytes = StatesSize(setup.shape.architecture.hidden_size, num_aux, dtype).bytes_per_token
+        total = "" if num_tokens is None else f" ({num_bytes * num_tokens / GIB:,.1f} GiB)"
+        parts.append(f"{name} {num_bytes:,}{total}")
+    tokens = "" if num_tokens is None else f", and for {num_tokens:,} tokens"
+    return ["", f"stored hidden states (extract), bytes a token{tokens}: {', '.join(parts)}"]
 
 
 def describe_layout(layout: PlannedLayout, *, num_layers: int) -> str:

@@ -79,6 +79,9 @@ LAYER_ROWS: dict[Family, tuple[Row, ...]] = {
     "qwen3": _LAYER + _SEPARATE + _QK_NORM,
 }
 
+# Where files keep the decoder layers.
+STORED_LAYERS = "model.layers."
+
 # With Transformer Engine a norm lives in the linear layer behind it.
 TRANSFORMER_ENGINE_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -89,11 +92,11 @@ TRANSFORMER_ENGINE_NAMES = {
 def base_rows(base: BaseArchitecture) -> Iterator[Row]:
     """Every tensor of the base, in the order in which files keep them."""
     yield _EMBEDDING
-    for layer in range(base.num_layers):
+    for layer in range(base.num_layers if base.has_layers else 0):
         for row in LAYER_ROWS[hf_family(base)]:
             yield Row(
                 f"decoder.layers.{layer}.{row.megatron}",
-                tuple(f"model.layers.{layer}.{name}" for name in row.stored),
+                tuple(f"{STORED_LAYERS}{layer}.{name}" for name in row.stored),
                 row.cut,
             )
     yield _FINAL_NORM

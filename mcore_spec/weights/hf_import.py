@@ -12,7 +12,7 @@ from mcore_spec.bases.megatron_build import DTYPES, BaseGPTModel
 from mcore_spec.config import BaseArchitecture
 from mcore_spec.errors import CheckpointError, ConfigError
 from mcore_spec.parallel.tensor_parallel import TensorParallel
-from mcore_spec.weights.families import TRANSFORMER_ENGINE_NAMES, Row, base_rows, stored_shapes
+from mcore_spec.weights.families import STORED_LAYERS, TRANSFORMER_ENGINE_NAMES, Row, base_rows, stored_shapes
 from mcore_spec.weights.safetensors_io import WeightDirectory
 
 # Buffers that old files carry and that are computed, not read.
@@ -60,6 +60,8 @@ def check_tensors(source: WeightDirectory, base: BaseArchitecture, *, cast: bool
         name: shape for row in base_rows(base) for name, shape in zip(row.stored, stored_shapes(row, base), strict=True)
     }
     stored = {name for name in source.tensors if _COMPUTED not in name}
+    if not base.has_layers:
+        stored = {name for name in stored if not name.startswith(STORED_LAYERS)}
     if base.tie_word_embeddings and "lm_head.weight" in stored:
         _check_tied(source)
         stored.remove("lm_head.weight")
@@ -110,7 +112,7 @@ def local_rows(model: GPTModel, base: BaseArchitecture) -> Iterator[tuple[Row, s
     """
     parameters = dict(model.named_parameters())
     layers = model.decoder.layers
-    first = layers[0].layer_number - 1
+    first = layers[0].layer_number - 1 if base.has_layers else 0
     for row in base_rows(base):
         name = _local_name(row.megatron, first, len(layers), parameters)
         if name is not None:

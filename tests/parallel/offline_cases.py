@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from mcore_spec.bases.extraction import DataShare, RunningBase, extract_states
 from mcore_spec.bases.megatron import MegatronBase
@@ -75,3 +76,15 @@ def extract(*, layout: Layout, directory: Path, store: Path, case: str = "whole 
         base, groups = MegatronBase(model), model.pg_collection
         share = DataShare(rank=groups.dp.rank(), size=groups.dp.size(), context_group=groups.cp, device=CPU)
         return extract_with(base, plan(base.architecture), store, share)
+
+
+def extract_with_transformers(*, directory: Path, store: Path) -> int:
+    """The same of the base as transformers runs it, a whole one on each rank."""
+    from mcore_spec.cli.extract_hf import load_model
+    from tests.parity.hf_models import norm_in_float64
+
+    with parallel_runtime(Layout()):
+        base = load_model(directory, "float64", target=CPU)
+        norm_in_float64(base.model)
+        share = DataShare(rank=dist.get_rank(), size=dist.get_world_size(), context_group=None, device=CPU)
+        return extract_with(base, plan(base.architecture), store, share, backend="transformers")

@@ -1,4 +1,4 @@
-"""Hidden states that every layout extracts, and training from them in every layout, beside the base itself."""
+"""Hidden states that every layout extracts, and training from them in every layout."""
 
 from __future__ import annotations
 
@@ -67,6 +67,20 @@ def test_every_layout_extracts_the_same(
     for index in range(len(LENGTHS)):
         for ours, theirs in zip(found.states(index), store.states(index), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_transformers_extracts_the_same(
+    world_size: int, rank_pool: RankPool, directory: Path, store: StatesStore, tmp_path: Path
+) -> None:
+    case = "tests.parallel.offline_cases:extract_with_transformers"
+    rank_pool.run(case, world_size=world_size, directory=directory, store=tmp_path / "states")
+    found = StatesStore(tmp_path / "states", verify=True)
+    same = {"backend": "transformers"}
+    assert found.description == store.description.model_copy(update=same)
+    for index in range(len(LENGTHS)):
+        for ours, theirs in zip(found.states(index), store.states(index), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_states_are_those_of_each_document_alone(rank_pool: RankPool, directory: Path, store: StatesStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mcore_spec.data.store_files import StoreCounts, StoreWriter, TokenStore
 from mcore_spec.engines.extract import Captured, extract
 from mcore_spec.engines.final_norm import FinalNorm
 from mcore_spec.engines.tensorrt_llm import TensorRtLlmEngine, read_dump
-from mcore_spec.engines.vllm import VllmEngine
+from mcore_spec.engines.vllm import VllmEngine, wait_for
 from mcore_spec.errors import CheckpointError, ConfigError
 from mcore_spec.weights.base_directory import BaseDirectory
 from tests.tiny import base_architecture
@@ -173,3 +174,13 @@ def test_other_dumps_of_tensorrt_llm_are_refused(tmp_path: Path, damage: Callabl
     damage(path)
     with pytest.raises(ConfigError, match=said):
         read_dump(path, [5, 6, 7], shape=(2, HIDDEN))
+
+
+def test_a_file_of_vllm_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "captured.safetensors"
+    late = threading.Timer(0.05, path.touch)
+    late.start()
+    assert wait_for(path, timeout_s=30) == path
+    late.join()
+    with pytest.raises(ConfigError, match="did not write"):
+        wait_for(tmp_path / "never", timeout_s=0.02)

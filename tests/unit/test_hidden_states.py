@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import random
+import shutil
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -154,6 +158,33 @@ def test_a_damaged_shard_is_named_and_made_again(damage: str, tmp_path: Path) ->
     write(tmp_path, range(6))
     finish_store(tmp_path)
     check_whole(tmp_path)
+
+
+def _write_slowly(directory: Path) -> None:
+    for number in range(2):
+        write(directory, range(number, 6, 2), writer=number)
+    finish_store(directory)
+
+
+def test_a_writer_that_is_killed_at_any_moment(tmp_path: Path) -> None:
+    """No document twice, none missing, whatever stood on the disk when it was killed."""
+    context, moments = multiprocessing.get_context("fork"), random.Random(3)
+    num_killed = 0
+    while num_killed < 200:
+        process = context.Process(target=_write_slowly, args=(tmp_path / "states",))
+        process.start()
+        process.join(moments.uniform(0, 0.03))
+        is_killed = process.is_alive()
+        process.kill()
+        process.join()
+        if not is_killed and process.exitcode == 0:
+            check_whole(tmp_path / "states")
+            if num_killed >= 20:
+                return
+            shutil.rmtree(tmp_path / "states")
+        assert is_killed or process.exitcode in (0, -signal.SIGKILL)
+        num_killed += is_killed
+    pytest.fail("it never came to its end")
 
 
 def test_another_store_is_not_gone_on_with(tmp_path: Path) -> None:
