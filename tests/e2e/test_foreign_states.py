@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mcore_spec.data.hidden_states import DocumentStates, StatesStore, StatesWriter, StoreDescription
 from mcore_spec.data.hidden_states.writer import finish_store
-from tests.e2e.conftest import Done, Run, check_refused, make_chat_base
+from tests.e2e.conftest import Done, Run, check_refused
 
 LENGTHS = (5, 9, 3)
 AUX = (1, 3, 4)
@@ -22,11 +22,6 @@ HIDDEN = 32
 NUM_LAYERS = 8
 LAYERS = [word for layer in AUX for word in ("--aux-layer-ids", layer)]
 Damage = Callable[[Path], object]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, demo_base: Path) -> Path:
-    return make_chat_base(tmp_path_factory.mktemp("states") / "base", demo_base=demo_base, vocab_size=49152)
 
 
 def documents(*, dtype: torch.dtype, seed: int = 0) -> list[DocumentStates]:

@@ -8,12 +8,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
+from mcore_spec.huggingface.train import DraftArguments
+from mcore_spec.huggingface.train import run as train
 from mcore_spec.weights.safetensors_io import WeightDirectory
-from tests.e2e.conftest import subprocess_environment
+from tests.e2e.conftest import Run, subprocess_environment
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -86,6 +90,26 @@ def test_a_draft_vocabulary_and_two_processes(base: Path, conversations: Path, t
     assert state["global_step"] == 2
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["mcore_spec"]["config"]["eagle_ttt_steps"] == 2
+
+
+def test_stored_hidden_states(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
+    """Steps have the losses that they have beside the base."""
+    words = ("--pretrained-model-path", base, "--data-path", data, "--output-dir", tmp_path / "states")
+    extracted = run("extract-hf", *words, "--seq-length", 64, "--storage-dtype", "fp32")
+    assert extracted.code == 0, extracted.err
+    logged = []
+    for name, learned in (
+        ("beside", {"data_path": [str(data)]}),
+        ("stored", {"offline_data": str(tmp_path / "states")}),
+    ):
+        arguments = DraftArguments(model_name_or_path=str(base), training_seq_len=64, **learned)
+        options: dict[str, Any] = {"max_steps": 3, "logging_steps": 1, "use_cpu": True, "report_to": []}
+        train(arguments, TrainingArguments(output_dir=str(tmp_path / name), **options))
+        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+        logged.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+    beside, stored = logged
+    assert stored == pytest.approx(beside, rel=1e-4)
+    assert stored[-1] < stored[0]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from tests.e2e.conftest import (
     attach_draft,
     check_refused,
     make_base,
-    make_chat_base,
     subprocess_environment,
     tree,
 )
@@ -35,20 +34,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SEQ_LENGTH = 128
 # float32 on both sides, with documents in other rows of a matrix product.
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def base(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random base with a real tokenizer and chat template."""
-    directory = tmp_path_factory.mktemp("offline") / "base"
-    return make_chat_base(directory, demo_base=demo_base, vocab_size=CHAT_VOCAB_SIZE)
-
-
-@pytest.fixture(scope="module")
-def data(base: Path) -> Path:
-    path = base.parent / "conversations.jsonl"
-    path.write_text("".join(json.dumps(conversation(*turns)) + "\n" for turns in CONVERSATIONS))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +50,6 @@ def states(data: Path, converted: Path) -> Path:
     assert done.returncode == 0, done.stderr
     assert "done: 6 of 6 conversations added" in done.stdout
     return directory
-
-
-def conversation(question: str, answer: str) -> dict[str, Any]:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"conversation_id": question, "conversations": turns}
 
 
 def extraction(load: Path, data: Path, output: Path, *more: object) -> list[str]:
@@ -137,6 +117,8 @@ def test_a_base_without_layers_does_not_run(run: Run, base: Path, data: Path, tm
     check_refused(run("finetune", *training(head, tmp_path / "save", *online)), says, "--offline-distillation-data")
     check_refused(run("validate", "--load", head, "--prompts-path", data), says, "--base HF_DIRECTORY --draft")
     check_refused(run("extract", *extraction(head, data, tmp_path / "states")), says, "the whole base")
+    quantized = ("--load", head, "--save", tmp_path / "fp8", "--calib-data", data, "--seq-length", SEQ_LENGTH)
+    check_refused(run("quantize", *quantized), says, "the whole base with the draft")
     check_refused(run("export", "--load", head, "--export-dir", tmp_path / "out"), says, "--export-extra-modules")
     again = ("--pretrained-model-path", base, "--export-algorithm", "eagle", "--save", tmp_path / "other")
     check_refused(run("convert", *again, "--export-offline-model", "--draft-init", "base"), "--draft-init base")

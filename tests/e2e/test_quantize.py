@@ -11,30 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from mcore_spec.checkpoint.store import find_checkpoint
-from tests.e2e.conftest import CHAT_VOCAB_SIZE, CONVERSATIONS, Run, attach_draft, check_refused, make_chat_base, tree
+from tests.e2e.conftest import Run, attach_draft, check_refused, tree
 from tests.reference import quantized_engine
 
 pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
-def converted(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random base with a real tokenizer, and a draft on it."""
-    root = tmp_path_factory.mktemp("quantize")
-    return attach_draft(
-        make_chat_base(root / "base", demo_base=demo_base, vocab_size=CHAT_VOCAB_SIZE), root / "drafted"
-    )
-
-
-@pytest.fixture(scope="module")
-def data(converted: Path) -> Path:
-    path = converted.parent / "conversations.jsonl"
-    lines = [
-        {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-        for question, answer in CONVERSATIONS
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+def converted(base: Path) -> Path:
+    """The base with a draft."""
+    return attach_draft(base, base.parent / "drafted")
 
 
 def quantize_words(load: Path, save: Path, data: Path, *more: object) -> list[object]:
@@ -154,6 +140,16 @@ def cases(converted: Path, quantised: Path, data: Path, save: Path) -> dict[str,
             "export",
             ["--load", converted, "--export-dir", save, "--export-quant-format", "modelopt"],
             ("the checkpoint is not quantised",),
+        ),
+        "a store of it": (
+            "extract",
+            ["--load", quantised, "--data-path", data, "--output-dir", save, "--seq-length", 64],
+            ("is quantised (fp8)", "extract with the checkpoint that it was made from"),
+        ),
+        "trained on a store": (
+            "finetune",
+            ["--load", quantised, "--save", save, "--offline-distillation-data", data.parent, "--train-iters", 1],
+            ("is quantised (fp8)", "train on --data-path"),
         ),
         "an export is measured": (
             "validate",

@@ -100,6 +100,8 @@ def test_a_base_that_is_trained_with_its_draft(run: Run, base: Path, data: Path,
         assert before.tensors.keys() == after.tensors.keys()
         for name in before.tensors:
             assert not torch.equal(before.read(name), after.read(name).to(before.tensors[name].dtype)), name
+    extraction = ("--load", save, "--data-path", data, "--output-dir", tmp_path / "states", "--seq-length", 64)
+    check_refused(run("extract", *extraction), "has trained the base of", "extract-hf --pretrained-model-path")
     # The base that it was made from is not the one to serve it with.
     assert str(base) not in (both / "draft" / "README.md").read_text()
     done = run("validate", "--base", both, "--draft", both / "draft", *asked, "--output", tmp_path / "second.json")

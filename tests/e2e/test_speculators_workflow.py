@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from mcore_spec.cli.main import run_script
 from mcore_spec.data.foreign_states.form import LeftOpen
 from mcore_spec.data.foreign_states.speculators_v1 import SPECULATORS_V1
-from tests.e2e.conftest import CONVERSATIONS, Done, check_refused, make_chat_base
+from tests.e2e.conftest import CONVERSATIONS, Done, check_refused
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "speculators"
 NUM_LAYERS = 8
@@ -36,11 +36,6 @@ def script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return Done(code, *capsys.readouterr())
 
     return call
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, demo_base: Path) -> Path:
-    return make_chat_base(tmp_path_factory.mktemp("speculators") / "base", demo_base=demo_base, vocab_size=49152)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,30 +17,15 @@ from mcore_spec import ConfigError
 from mcore_spec.bases.transformers import TransformersBase
 from mcore_spec.config import eagle_preset
 from mcore_spec.conversion import Mode, conversion_of, find_algorithm
-from mcore_spec.data.document import Document
 from mcore_spec.data.hidden_states import DocumentStates, StatesStore, StatesWriter, StoreDescription
 from mcore_spec.data.hidden_states.writer import finish_store
 from mcore_spec.huggingface.data import ConversationDataset, DraftCollator
 from mcore_spec.huggingface.offline import StatesCollator, StatesDataset
 from mcore_spec.huggingface.trainer import DraftTrainer
 from tests.tiny import VOCAB_SIZE, write_hf_model
+from tests.unit.test_huggingface_trainer import Documents
 
-LENGTHS = (9, 14, 6, 11)
 MODES: dict[str, Mode] = {"eagle3": eagle_preset("eagle3"), "eagle1": eagle_preset("eagle1"), "medusa": "medusa"}
-
-
-class Documents:
-    """A few random ones."""
-
-    def __init__(self) -> None:
-        generator = np.random.RandomState(1)
-        self.lengths = np.array(LENGTHS, dtype=np.int64)
-        self.documents = [
-            Document(generator.randint(3, VOCAB_SIZE, size=size), generator.rand(size) < 0.8) for size in LENGTHS
-        ]
-
-    def document(self, index: int) -> Document:
-        return self.documents[index]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +36,7 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store_of(base_dir: Path, directory: Path, aux_layer_ids: tuple[int, ...], *, is_normed: bool) -> StatesStore:
     """What the model's own forward gives, one conversation at a time."""
     model = AutoModelForCausalLM.from_pretrained(base_dir)
+    documents = Documents().documents
     raw: list[Tensor] = []
     model.model.layers[-1].register_forward_hook(lambda _module, _inputs, output: raw.append(output))
     description = StoreDescription(
@@ -60,8 +45,8 @@ def store_of(base_dir: Path, directory: Path, aux_layer_ids: tuple[int, ...], *,
         backend="transformers",
         tokenizer_fingerprint="t",
         conversation_fingerprint="c",
-        num_documents=len(LENGTHS),
-        seq_length=max(LENGTHS),
+        num_documents=len(documents),
+        seq_length=max(len(token_ids) for token_ids, _ in documents),
         vocab_size=VOCAB_SIZE,
         hidden_size=model.config.hidden_size,
         # One more than the draft reads, in front of its own.
@@ -70,7 +55,7 @@ def store_of(base_dir: Path, directory: Path, aux_layer_ids: tuple[int, ...], *,
         dtype="float64",
     )
     with StatesWriter(directory, description) as writer:
-        for number, (token_ids, mask) in enumerate(Documents().documents):
+        for number, (token_ids, mask) in enumerate(documents):
             with torch.no_grad():
                 output = model(torch.from_numpy(token_ids)[None], output_hidden_states=True)
             # hidden_states[0] is the embedding; the last one stands behind the final norm.
