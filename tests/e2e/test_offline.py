@@ -23,6 +23,7 @@ from tests.e2e.conftest import (
     Run,
     attach_draft,
     check_refused,
+    conversation,
     make_base,
     subprocess_environment,
     tree,
