@@ -15,7 +15,7 @@ from mcore_spec.parallel.layout import Layout
 from tests.parallel.quantization_cases import recipe_of
 from tests.pool import RankPool
 from tests.reference.quantization import block_amax
-from tests.tiny import write_hf_model
+from tests.tiny import drawn, write_hf_model
 
 CASES = "tests.parallel.quantization_cases"
 # float64 sums in another order.
@@ -132,6 +132,16 @@ def test_scales_are_those_of_the_engines_matrices(name: str, rank_pool: RankPool
         for index, amax in enumerate(expected):
             scale = found["scales"][f"linears.decoder.layers.1.{ours}.weight.scale_{index}"].numpy()
             np.testing.assert_array_equal(scale, np.float32(amax) / np.float32(largest))
+    if recipe.weight.granularity == "tensor":
+        # Engines join these maps of the draft, and would take the largest of their scales.
+        attention = {"q_proj": (512, 512), "k_proj": (256, 512), "v_proj": (256, 512)}
+        mlp = {"gate_proj": (256, 256), "up_proj": (256, 256)}
+        for block, shapes in (("self_attn", attention), ("mlp", mlp)):
+            own = [drawn(f"layers.0.{block}.{each}.weight", shape).abs().max() for each, shape in shapes.items()]
+            assert len(set(map(float, own))) > 1
+            for each in shapes:
+                scale = found["scales"][f"linears.eagle_module.layers.0.{block}.{each}.weight.scale_0"]
+                assert torch.equal(scale, (max(own).float() / largest).reshape(1)), each
 
 
 @pytest.mark.parametrize("name", ["fp8", "int8_per_channel"])
