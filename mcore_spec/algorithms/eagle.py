@@ -80,7 +80,10 @@ def resolve_family(config: EagleConfig, base: BaseArchitecture, d2t: Tensor | No
             "d2t (--draft-vocab-cache), or an engine would propose the first ids"
         )
     if resolved.eagle_offline:
-        raise UnsupportedError("eagle_offline = true: training from stored hidden states is not built yet")
+        raise UnsupportedError(
+            "eagle_offline = true: a draft does not say where hidden states come from; leave it out, and give finetune "
+            "--offline-distillation-data"
+        )
     return resolved
 
 

@@ -69,8 +69,8 @@ def run(arguments: DraftArguments, training: TrainingArguments) -> None:
     """
     if arguments.offline_data is not None:
         raise UnsupportedError(
-            f"--offline-data {arguments.offline_data}: training from stored hidden states is not built yet; leave it "
-            "out, the base then runs beside the draft"
+            f"--offline-data {arguments.offline_data}: Trainer does not read stored hidden states; leave it out, "
+            "the base then runs beside the draft, or train with mcore-spec finetune --offline-distillation-data"
         )
     if training.output_dir is None:
         raise ConfigError("--output_dir is missing; give the directory that the trained model is written to")

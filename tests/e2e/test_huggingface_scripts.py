@@ -99,7 +99,7 @@ def test_a_draft_vocabulary_and_two_processes(base: Path, conversations: Path, t
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--offline-data", "states"], "--offline-data states: training from stored hidden states is not built yet"),
+        (["--offline-data", "states"], "--offline-data states: Trainer does not read stored hidden states"),
         (["--eagle_config", "nowhere.json"], "--eagle_config = nowhere.json: no such file"),
         (["--eval_strategy", "epoch"], "--eval_strategy and --eval_data_path need each other"),
     ],
