@@ -88,23 +88,23 @@ def test_training_from_a_store_is_training_beside_the_base(
     assert "hidden states: 6 conversations" in done.out
     assert "waiting for data" in done.out
     check_same_log(log_of(tmp_path / "offline"), log_of(tmp_path / "online"))
-    # The same on a checkpoint without the base's layers, whose draft is then served with the whole base.
-    attach = ("--pretrained-model-path", base, "--export-algorithm", "eagle", "--export-offline-model")
-    done = run("convert", *attach, "--save", tmp_path / "head")
+    # The same on a checkpoint without the base's layers, whose draft is then served with the whole base. It starts
+    # with random weights: there is no last layer of the base.
+    attach = ("--pretrained-model-path", base, "--export-algorithm", "eagle")
+    assert run("convert", *attach, "--save", tmp_path / "all", "--draft-init", "random").code == 0
+    done = run("convert", *attach, "--save", tmp_path / "head", "--export-offline-model")
     assert done.code == 0, done.err
     assert "8 layers, none of them kept" in done.out
     assert not find_checkpoint(tmp_path / "head").record.base.has_layers
-    done = run("finetune", *training(tmp_path / "head", tmp_path / "small", *stored))
-    assert done.code == 0, done.err
-    check_same_log(log_of(tmp_path / "small"), log_of(tmp_path / "online"))
-    for name in ("offline", "small"):
+    for name in ("all", "head"):
+        assert run("finetune", *training(tmp_path / name, tmp_path / f"save_{name}", *stored)).code == 0
         draft = ("--export-dir", tmp_path / f"draft_{name}", "--export-extra-modules")
-        assert run("export", "--load", tmp_path / name, *draft).code == 0
-    # Both drafts start from data, and nothing else of the base is read.
-    offline, small = (load_file(tmp_path / f"draft_{name}" / "model.safetensors") for name in ("offline", "small"))
-    assert offline.keys() == small.keys()
-    assert [name for name, weight in small.items() if not torch.equal(weight, offline[name])] == []
-    measured = ("--base", base, "--draft", tmp_path / "draft_small", "--prompts-path", data, "--osl", 8)
+        assert run("export", "--load", tmp_path / f"save_{name}", *draft).code == 0
+    assert log_of(tmp_path / "save_head") == log_of(tmp_path / "save_all")
+    one, two = (load_file(tmp_path / f"draft_{name}" / "model.safetensors") for name in ("head", "all"))
+    assert one.keys() == two.keys()
+    assert [name for name, weight in one.items() if not torch.equal(weight, two[name])] == []
+    measured = ("--base", base, "--draft", tmp_path / "draft_head", "--prompts-path", data, "--osl", 8)
     done = run("validate", *measured, "--num-prompts", 2)
     assert done.code == 0, done.err
 

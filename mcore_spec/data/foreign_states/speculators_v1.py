@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,7 @@ class SpeculatorsV1Writer:
         return {
             "version": _VERSION,
             "generated_at": datetime.now(UTC).isoformat(),
-            "reproducibility": {"package_versions": {name: version(name) for name in ("torch", "mcore-spec")}},
+            "reproducibility": {"package_versions": {"torch": torch.__version__}},
             "model": {
                 "target_model_path": facts.source,
                 "max_model_len": seq_length,

@@ -39,6 +39,7 @@ def test_defaults():
         "export_eagle_algorithm": "eagle3",
         "eagle_config": None,
         "draft_vocab_cache": None,
+        "export_offline_model": False,
         "draft_init": "auto",
         "export_num_medusa_heads": None,
         "export_num_medusa_layers": None,
