@@ -118,7 +118,7 @@ def test_a_base_without_layers_does_not_run(run: Run, base: Path, data: Path, tm
     check_refused(run("finetune", *training(head, tmp_path / "save", *online)), says, "--offline-distillation-data")
     check_refused(run("validate", "--load", head, "--prompts-path", data), says, "--base HF_DIRECTORY --draft")
     check_refused(run("extract", *extraction(head, data, tmp_path / "states")), says, "the whole base")
-    quantized = ("--load", head, "--save", tmp_path / "fp8", "--calib-data", data, "--seq-length", SEQ_LENGTH)
+    quantized = ("--load", head, "--save", tmp_path / "fp8", "--export-quant-cfg", "int8_per_channel")
     check_refused(run("quantize", *quantized), says, "the whole base with the draft")
     check_refused(run("export", "--load", head, "--export-dir", tmp_path / "out"), says, "--export-extra-modules")
     again = ("--pretrained-model-path", base, "--export-algorithm", "eagle", "--save", tmp_path / "other")
