@@ -5,24 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from mcore_spec.checkpoint.store import Checkpoint
+from mcore_spec.cli.base_limits import check_seq_length
 from mcore_spec.cli.terminal import say
 from mcore_spec.config import BaseArchitecture, DataConfig
 from mcore_spec.data.chat import check_same_vocabulary, load_tokenizer
 from mcore_spec.data.store import TokenStore, build_token_store
-from mcore_spec.errors import ConfigError
 from mcore_spec.parallel.layout import run_on_rank_zero
-
-
-def check_seq_length(config: DataConfig, base: BaseArchitecture) -> None:
-    """Refuse samples that the base has no positions for.
-
-    Raises:
-        ConfigError: names both.
-    """
-    if config.seq_length > base.max_position_embeddings:
-        raise ConfigError(
-            f"--seq-length {config.seq_length} is above the base's {base.max_position_embeddings} positions; lower it"
-        )
 
 
 def read_conversations(
@@ -39,7 +27,7 @@ def read_conversations(
     Raises:
         ConfigError: what `build_token_store` refuses, or samples longer than the base's positions.
     """
-    check_seq_length(config, base)
+    check_seq_length(config.seq_length, base)
     store = build_token_store(
         config.data_path,
         tokenizer,

@@ -13,16 +13,16 @@ from mcore_spec.bases.megatron_build import check_layout
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.checkpoint.store import Checkpoint, find_checkpoint, load_checkpoint
 from mcore_spec.cli.arguments import DTYPE_NAMES
+from mcore_spec.cli.base_limits import choose_layers
 from mcore_spec.cli.conversations import choose_tokenizer, read_conversations
 from mcore_spec.cli.convert import layout_of
 from mcore_spec.cli.extract_arguments import ExtractArguments, StoredStatesArguments
 from mcore_spec.cli.terminal import say
-from mcore_spec.config import BaseArchitecture, BaseIdentity, EagleArchitectureConfig
+from mcore_spec.config import BaseArchitecture, BaseIdentity
 from mcore_spec.data.chat import ChatEncoder, load_tokenizer
 from mcore_spec.data.document import DocumentSource
 from mcore_spec.data.hidden_states.plan import ExtractionPlan, TrimmedDocuments
 from mcore_spec.data.store import TokenStore
-from mcore_spec.drafts.resolve import resolve_aux_layers
 from mcore_spec.errors import CheckpointError
 from mcore_spec.export.plan import exported_record
 from mcore_spec.parallel.layout import device, is_rank_zero, parallel_runtime, run_on_rank_zero
@@ -102,8 +102,7 @@ def make_plan(
     """
     layers = own_layers if arguments.aux_layer_ids is None else arguments.aux_layer_ids
     if layers is None or arguments.aux_layer_ids is not None:
-        wanted = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": layers or ()}
-        layers = resolve_aux_layers(EagleArchitectureConfig.parse(wanted, where="--aux-layer-ids"), base)
+        layers = choose_layers(layers, base)
     documents: DocumentSource = TrimmedDocuments(store) if arguments.drop_tail else store
     plan = ExtractionPlan(
         architecture=base,

@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mcore_spec.cli.arguments import DTYPE_NAMES
+from mcore_spec.cli.base_limits import check_seq_length, choose_layers
 from mcore_spec.cli.engine_arguments import ExtractEngineArguments
 from mcore_spec.cli.terminal import say
-from mcore_spec.config import EagleArchitectureConfig
 from mcore_spec.data.chat import ChatEncoder, load_tokenizer
 from mcore_spec.data.hidden_states.plan import ExtractionPlan
 from mcore_spec.data.store import build_token_store
-from mcore_spec.drafts.resolve import resolve_aux_layers
 from mcore_spec.engines.extract import extract
 from mcore_spec.engines.final_norm import FinalNorm
 from mcore_spec.engines.tensorrt_llm import TensorRtLlmEngine
 from mcore_spec.engines.vllm import VllmEngine
 from mcore_spec.errors import ConfigError
 from mcore_spec.planning.states import STORAGE_DTYPES
-from mcore_spec.weights.base_directory import BaseDirectory, find_base
+from mcore_spec.weights.base_directory import find_base
 
 # Below the store: what an engine wrote and was not read yet.
 SCRATCH = ".captured"
@@ -33,7 +32,7 @@ def run(arguments: ExtractEngineArguments) -> None:
     base = find_base(arguments.pretrained_model_path)
     output = Path(arguments.output_dir)
     tokenizer = load_tokenizer(base.directory)
-    check_positions(base, arguments.seq_length)
+    check_seq_length(arguments.seq_length, base.architecture)
     # Beside the store, which holds nothing but its own files.
     cache = arguments.data_cache_path or str(output.with_name(f"{output.name}.data_cache"))
     conversations = build_token_store(
@@ -50,7 +49,7 @@ def run(arguments: ExtractEngineArguments) -> None:
         conversations=conversations,
         tokenizer_fingerprint=ChatEncoder(tokenizer).fingerprint(),
         num_documents=min(arguments.num_samples or len(conversations), len(conversations)),
-        aux_layer_ids=choose_layers(base, arguments.aux_layer_ids),
+        aux_layer_ids=choose_layers(arguments.aux_layer_ids, base.architecture),
         dtype=STORAGE_DTYPES[arguments.storage_dtype],
         documents=conversations,
     )
@@ -73,31 +72,6 @@ def run(arguments: ExtractEngineArguments) -> None:
         engine.close()
     normed = "behind" if is_normed else "before"
     say(f"done: {computed:,} conversations added; last states {normed} the final norm; in {output}")
-
-
-def check_positions(base: BaseDirectory, seq_length: int) -> None:
-    """Refuse conversations that the base has no positions for.
-
-    Raises:
-        ConfigError: with both numbers.
-    """
-    positions = base.architecture.max_position_embeddings
-    if seq_length > positions:
-        raise ConfigError(f"--seq-length {seq_length} is above the base's {positions} positions; lower it")
-
-
-def choose_layers(base: BaseDirectory, given: tuple[int, ...]) -> tuple[int, ...]:
-    """The aux layers, 0-based, by output: `given`, or those that EAGLE-3 reads.
-
-    Raises:
-        ConfigError: layers that the base does not have, or not in order.
-    """
-    values = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": given}
-    wanted = EagleArchitectureConfig.parse(values, where="aux layers")
-    layers = resolve_aux_layers(wanted, base.architecture)
-    if list(layers) != sorted(set(layers)):
-        raise ConfigError(f"aux layers {list(layers)} (0-based, by output): give different ones, ascending")
-    return layers
 
 
 def load_engine(

@@ -12,7 +12,8 @@ from mcore_spec.bases.feature_sources import LiveFeatures, StoredFeatures
 from mcore_spec.bases.megatron_build import check_layout
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.checkpoint.store import TRACKER, Checkpoint, check_save_directory, find_checkpoint, load_checkpoint
-from mcore_spec.cli.conversations import check_seq_length, choose_tokenizer, read_conversations
+from mcore_spec.cli.base_limits import check_seq_length
+from mcore_spec.cli.conversations import choose_tokenizer, read_conversations
 from mcore_spec.cli.convert import layout_of
 from mcore_spec.cli.dry_run import Rehearsal, build_stages, say_weights
 from mcore_spec.cli.plan import describe_run, machine_of
@@ -191,7 +192,7 @@ def _rehearse(arguments: FinetuneArguments, layout: Layout) -> None:
     check_linear_start(check_trainable(checkpoint.record), num_batches=arguments.fit_start)
     base, conversion = checkpoint.record.base, checkpoint.record.conversion
     check_layout(base, layout)
-    check_seq_length(arguments, checkpoint.record.base)
+    check_seq_length(arguments.seq_length, checkpoint.record.base)
     for path in arguments.data_path:
         open_source(path)
     assert conversion is not None, "a trainable checkpoint has a draft"

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mcore_spec.cli.extract_engine import SCRATCH, check_positions, choose_layers, load_engine
+from mcore_spec.cli.base_limits import check_seq_length, choose_layers
+from mcore_spec.cli.extract_engine import SCRATCH, load_engine
 from mcore_spec.cli.speculators_arguments import DataGenerationArguments
 from mcore_spec.cli.terminal import say
 from mcore_spec.data.chat import ChatEncoder, load_tokenizer
@@ -79,7 +80,7 @@ def run(arguments: DataGenerationArguments) -> None:
 def _plan(arguments: DataGenerationArguments, base: BaseDirectory) -> ExtractionPlan:
     output = Path(arguments.output_dir)
     given = DATASETS.get(arguments.train_data_path)
-    check_positions(base, arguments.seq_length)
+    check_seq_length(arguments.seq_length, base.architecture)
     tokenizer = load_tokenizer(base.directory)
     store = build_token_store(
         [given or arguments.train_data_path],
@@ -99,7 +100,9 @@ def _plan(arguments: DataGenerationArguments, base: BaseDirectory) -> Extraction
         conversations=store,
         tokenizer_fingerprint=ChatEncoder(tokenizer).fingerprint(),
         num_documents=len(numbers),
-        aux_layer_ids=choose_layers(base, to_output_ids([i for i in arguments.layer_ids if i != last], "boundary")),
+        aux_layer_ids=choose_layers(
+            to_output_ids([i for i in arguments.layer_ids if i != last], "boundary"), base.architecture
+        ),
         dtype=dtype,
         documents=PickedDocuments(store, numbers),
     )
