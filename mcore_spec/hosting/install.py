@@ -7,8 +7,9 @@ from typing import Any
 
 from mcore_spec.bases.transformers import TransformersBase
 from mcore_spec.config import StrictConfig
+from mcore_spec.config.quantization import QuantizationRecord
 from mcore_spec.hosting.forward import DraftedForward
-from mcore_spec.hosting.key import CONFIG_KEY, FORMAT_VERSION
+from mcore_spec.hosting.key import CONFIG_KEY, FORMAT_VERSION, QUANTIZATION_KEY
 from mcore_spec.objectives.objective import Task
 
 
@@ -31,3 +32,11 @@ def install(base: TransformersBase, algorithm: str, config: StrictConfig, make_t
     # A model that is being loaded has its record, with the name of the base that it was made from.
     source = known["base"] if known else model.config.name_or_path
     setattr(model.config, CONFIG_KEY, {**record, "base": source})
+
+
+def record_quantization(base: TransformersBase, record: QuantizationRecord | None) -> None:
+    """Let the model's configuration say how it is quantised, or no longer."""
+    known = vars(base.model.config)
+    known.pop(QUANTIZATION_KEY, None)
+    if record is not None:
+        known[QUANTIZATION_KEY] = {"format_version": FORMAT_VERSION, **record.model_dump(mode="json")}

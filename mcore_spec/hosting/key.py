@@ -1,6 +1,9 @@
-"""Where a transformers configuration, and so its config.json, says how a draft was attached. Imports nothing."""
+"""Where a transformers configuration, and so its config.json, says what was done to the model. Imports nothing."""
 
 from __future__ import annotations
 
+# How a draft was attached.
 CONFIG_KEY = "mcore_spec"
+# By which recipe base and draft were quantised; the scales are among the weights.
+QUANTIZATION_KEY = "mcore_spec_quantization"
 FORMAT_VERSION = 1

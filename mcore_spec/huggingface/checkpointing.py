@@ -1,9 +1,9 @@
-"""``save_pretrained`` and ``from_pretrained`` of models with drafts.
+"""``save_pretrained`` and ``from_pretrained`` of models with drafts, and of quantised ones.
 
-``save_pretrained`` needs nothing: the draft is a child of the model, and the configuration says how it was attached.
-``from_pretrained`` builds the model that the configuration names, which has no draft; once
-`enable_huggingface_checkpointing` was called, it then attaches the recorded one and reads it from the same files. No
-code is taken from the directory.
+``save_pretrained`` needs nothing: draft and scales are children of the model, and the configuration says how they came
+there. ``from_pretrained`` builds the model that the configuration names, which has neither; once
+`enable_huggingface_checkpointing` was called, it then attaches the recorded draft, quantises by the recorded recipe,
+and reads both from the same files. No code is taken from the directory.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mcore_spec.config import ALGORITHMS
+from mcore_spec.config.quantization import QuantizationRecord
 from mcore_spec.conversion import conversion_of, find_algorithm
-from mcore_spec.errors import ConfigError
+from mcore_spec.errors import CheckpointError, ConfigError
 from mcore_spec.export.modules import conversion_in
 from mcore_spec.export.reader import attach_exported
+from mcore_spec.hosting.key import FORMAT_VERSION, QUANTIZATION_KEY
+from mcore_spec.quantization.installed import CHILD, install, quantization_of
 from mcore_spec.weights.hf_config import locate
+from mcore_spec.weights.safetensors_io import WeightDirectory
 
 # Options of from_pretrained that say which files are meant.
 _REVISION, _SUBFOLDER = "revision", "subfolder"
@@ -55,6 +59,7 @@ class _RestoringDrafts:
                 loaded = load(name, *args, **options)
             model = loaded[0] if options.get("output_loading_info") else loaded
             _restore_draft(model, name, options)
+            _restore_quantization(model, name, options)
             return loaded
 
         return from_pretrained
@@ -62,9 +67,10 @@ class _RestoringDrafts:
 
 @contextmanager
 def _ignoring_drafts(owner: type[PreTrainedModel]) -> Iterator[None]:
-    """A draft's tensors are none that transformers would report as unexpected."""
+    """A draft's tensors, and scales, are none that transformers would report as unexpected."""
     before = owner.__dict__.get("_keys_to_ignore_on_load_unexpected")
-    patterns = [rf"^{find_algorithm(name).child_name}\." for name in ALGORITHMS]
+    children = [*(find_algorithm(name).child_name for name in ALGORITHMS), CHILD]
+    patterns = [rf"^{name}\." for name in children]
     owner._keys_to_ignore_on_load_unexpected = [*(owner._keys_to_ignore_on_load_unexpected or []), *patterns]
     try:
         yield
@@ -85,6 +91,33 @@ def _restore_draft(model: PreTrainedModel, name: Any, options: dict[str, Any]) -
     # A model without a head (AutoModel) is a part of one that carries the draft.
     if is_drafted and conversion_of(model) is None and model.get_output_embeddings() is not None:
         attach_exported(model, _directory(name, options))
+
+
+def _restore_quantization(model: PreTrainedModel, name: Any, options: dict[str, Any]) -> None:
+    """Quantise as the model's configuration records, if it does, with the scales in the files.
+
+    Raises:
+        CheckpointError: a record of another version or a damaged one, or scales that are not in the files.
+    """
+    values = vars(model.config).get(QUANTIZATION_KEY)
+    if values is None or quantization_of(model) is not None or model.get_output_embeddings() is None:
+        return
+    version, record = values.get("format_version"), {**values}
+    record.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{name}: {QUANTIZATION_KEY} has format_version {version!r}; this package reads {FORMAT_VERSION}: update it"
+        )
+    quantization = install(model, QuantizationRecord.parse(record, where=f"{name}: {QUANTIZATION_KEY}"))
+    with WeightDirectory(_directory(name, options), below=f"{CHILD}.") as files:
+        wanted = quantization.state_dict()
+        if files.tensors.keys() != wanted.keys():
+            odd = sorted(files.tensors.keys() ^ wanted.keys())
+            raise CheckpointError(
+                f"{name}: scales of its recipe {quantization.record.recipe.name} are missing or too many, such as "
+                f"{odd[0]}; save the model again"
+            )
+        quantization.load_state_dict({scale: files.read(scale) for scale in wanted})
 
 
 def _directory(name: Any, options: dict[str, Any]) -> Path:

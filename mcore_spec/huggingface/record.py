@@ -16,7 +16,7 @@ from mcore_spec.config import BaseIdentity
 from mcore_spec.conversion import as_base, conversion_of
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import ConfigError
-from mcore_spec.hosting.key import CONFIG_KEY
+from mcore_spec.hosting.key import CONFIG_KEY, QUANTIZATION_KEY
 from mcore_spec.quantization.installed import Quantization, quantization_of
 from mcore_spec.weights.safetensors_io import fingerprint_of
 
@@ -60,6 +60,7 @@ def _identity(base: TransformersBase) -> BaseIdentity:
     """The fingerprint is that of the files that transformers would write: a tied head is not among them."""
     config: dict[str, Any] = json.loads(base.model.config.to_json_string())
     known = config.pop(CONFIG_KEY)
+    config.pop(QUANTIZATION_KEY, None)
     config["architectures"] = config.get("architectures") or [type(base.model).__name__]
     ours = (Draft, Quantization)
     drafts = tuple(f"{name}." for name, child in base.model.named_children() if isinstance(child, ours))

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from mcore_spec.bases.megatron_cache import CacheParams
 from mcore_spec.bases.megatron_layers import CausalAttention
+from mcore_spec.bases.transformers import TransformersBase
 from mcore_spec.config.quantization import QuantizationRecord, Recipe
 from mcore_spec.conversion import as_base
 from mcore_spec.errors import ConfigError
+from mcore_spec.hosting.install import record_quantization
 from mcore_spec.layers.attention import KeyValue, Places, Rows
 from mcore_spec.parallel.layout import run_on_every_rank
 from mcore_spec.parallel.sharding import sharded_state_dict
@@ -30,7 +32,8 @@ from mcore_spec.quantization.quantizers import (
 )
 from mcore_spec.quantization.targets import AttentionTarget, Target, attention_targets, linear_targets, select
 
-_CHILD = "quantization"
+# Begins the names of the scales where weights are saved.
+CHILD = "quantization"
 
 
 class Quantization(nn.Module):
@@ -144,7 +147,8 @@ def install(model: nn.Module, record: QuantizationRecord) -> Quantization:
     attentions = [] if recipe.kv_cache is None else run_on_every_rank(lambda: attention_targets(model))
     chosen = select(found, recipe)
     quantizers = run_on_every_rank(lambda: [_linear_quantizer(target, recipe) for target in chosen])
-    quantization = Quantization(record, tp=as_base(model).tp)
+    base = as_base(model)
+    quantization = Quantization(record, tp=base.tp)
     for target, quantizer in zip(chosen, quantizers, strict=True):
         quantization.linears[_key(target.name)] = quantizer
         quantization.targets[target.name] = target
@@ -154,7 +158,9 @@ def install(model: nn.Module, record: QuantizationRecord) -> Quantization:
         pair = KeyValueQuantizer(recipe.kv_cache, device=next(model.parameters()).device)
         quantization.attentions[_key(attention.name)] = pair
         _replace_forward(quantization, attention.module, _quantized_attention(attention, pair, quantization))
-    model.add_module(_CHILD, quantization)
+    model.add_module(CHILD, quantization)
+    if isinstance(base, TransformersBase):
+        record_quantization(base, record)
     return quantization
 
 
@@ -180,7 +186,10 @@ def remove(model: nn.Module) -> None:
         del module.__dict__["forward"]
         # Somebody else's object may have been in this place already.
         module.__dict__.update(before)
-    delattr(model, _CHILD)
+    delattr(model, CHILD)
+    base = as_base(model)
+    if isinstance(base, TransformersBase):
+        record_quantization(base, None)
 
 
 def _replace_forward(quantization: Quantization, module: nn.Module, forward: Callable[..., Any]) -> None:
