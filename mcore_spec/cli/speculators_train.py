@@ -105,6 +105,8 @@ def _run_steps(arguments: SpeculatorsTrainArguments, prepared: Prepared) -> None
                 export_algorithm="eagle",
                 algorithm_config=prepared.run / "algorithm.json",
                 draft_vocab_cache=prepared.run / "d2t.pt",
+                # The base does not run.
+                export_offline_model=True,
                 save=str(converted),
             )
         )

@@ -75,8 +75,8 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "the header is damaged",
     ),
     "dtype": (
-        lambda directory: _damage_entry(directory, lambda entry: entry.update(dtype="F8_E4M3")),
-        "model.norm.weight has dtype F8_E4M3",
+        lambda directory: _damage_entry(directory, lambda entry: entry.update(dtype="F8_E5M2")),
+        "model.norm.weight has dtype F8_E5M2",
     ),
 }
 
