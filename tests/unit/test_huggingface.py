@@ -51,12 +51,6 @@ def model(base_dir: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(base_dir)
 
 
-@pytest.fixture(autouse=True)
-def _restored_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test patches is undone behind it."""
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", PreTrainedModel.__dict__["from_pretrained"])
-
-
 def tokens(rows: int = 2, length: int = 12, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(seed))
 
