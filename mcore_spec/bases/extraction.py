@@ -169,8 +169,9 @@ def _states(
     base: RunningBase, plan: ExtractionPlan, numbers: Sequence[int], share: DataShare
 ) -> Iterator[DocumentStates]:
     """Of the conversations of one forward pass; of none on earlier stages."""
+    given = [plan.documents.document(number) for number in numbers]
     batch = make_batch(
-        [plan.documents.document(number) for number in numbers],
+        given,
         num_steps=1,
         document_multiple=document_multiple(share.context_group),
         row_multiple=row_multiple(share.context_group, base.tp),
@@ -186,9 +187,8 @@ def _states(
     if features.aux is not None:
         aux = whole_rows(features.aux, documents, base.tp)
     aux = aux.unflatten(1, (len(plan.aux_layer_ids), plan.architecture.hidden_size))
-    for number, start, length in zip(numbers, batch.bounds, batch.lengths, strict=False):
+    for (_, mask), start, length in zip(given, batch.bounds, batch.lengths, strict=False):
         rows = slice(start, start + length)
-        _, mask = plan.documents.document(number)
         yield DocumentStates(batch.token_ids[rows], torch.from_numpy(mask), aux[rows], last[rows])
 
 

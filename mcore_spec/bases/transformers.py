@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from mcore_spec.bases.features import Features
 from mcore_spec.bases.packed_attention import Window, packed_attention
@@ -210,6 +211,21 @@ class TransformersBase:
             yield
         finally:
             handle.remove()
+
+
+def load_base(directory: Path, dtype: str, *, device: torch.device) -> TransformersBase:
+    """A model without a draft as a base, for evaluation.
+
+    Args:
+        directory: Hugging Face's files.
+        dtype: of the weights, by torch's name; auto: as stored.
+        device: where it runs.
+
+    Raises:
+        UnsupportedError: a model that cannot carry a draft.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    return TransformersBase(model.to(device).eval())
 
 
 def describe_model(model: PreTrainedModel) -> BaseArchitecture:

@@ -12,7 +12,6 @@ when it is whole, and announced last, so that an interrupted save leaves the pre
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -39,6 +38,7 @@ from mcore_spec.checkpoint.record import (
 from mcore_spec.checkpoint.writer import write_state
 from mcore_spec.config import BaseArchitecture, BaseIdentity, StrictConfig
 from mcore_spec.conversion import attach, conversion_of, find_algorithm, reads_tokens
+from mcore_spec.data.durable_files import sync
 from mcore_spec.errors import CheckpointError, ConfigError
 from mcore_spec.parallel.layout import Layout, run_on_rank_zero
 from mcore_spec.quantization.installed import install, quantization_of
@@ -244,22 +244,13 @@ def _publish(
     # Written before the iteration gets its name: behind that nothing needs space any more.
     (partial / TRACKER).write_text(str(iteration))
     for path in (*partial.rglob("*"), partial):
-        _sync(path)
+        sync(path)
     final = directory / _iteration_name(iteration)
     partial.rename(final)
-    _sync(directory)
+    sync(directory)
     (final / TRACKER).replace(directory / TRACKER)
-    _sync(directory)
+    sync(directory)
     return final
-
-
-def _sync(path: Path) -> None:
-    """Make a file's data, or a directory's entries, durable before something refers to them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_checkpoint(

@@ -21,7 +21,7 @@ from mcore_spec.cli.terminal import say
 from mcore_spec.config import BaseArchitecture, BaseIdentity
 from mcore_spec.data.chat import ChatEncoder, load_tokenizer
 from mcore_spec.data.document import DocumentSource
-from mcore_spec.data.hidden_states.plan import ExtractionPlan, TrimmedDocuments
+from mcore_spec.data.hidden_states.plan import ExtractionPlan, TrimmedDocuments, cache_beside
 from mcore_spec.data.store import TokenStore
 from mcore_spec.errors import CheckpointError
 from mcore_spec.export.plan import exported_record
@@ -40,7 +40,7 @@ def run(arguments: ExtractArguments) -> None:
         base, identity = checkpoint.record.base, checkpoint.record.identity
         check_layout(base, layout)
         tokenizer = choose_tokenizer(checkpoint, arguments.tokenizer_model)
-        store = read_conversations(arguments, base, tokenizer, cache_dir=cache_of(arguments))
+        store = read_conversations(arguments, base, tokenizer, cache_dir=cache_beside(Path(arguments.output_dir)))
         plan = make_plan(arguments, base, identity, store, tokenizer, own_layers=_layers_of_draft(checkpoint.record))
         model = load_checkpoint(checkpoint, layout, transformer_impl=arguments.transformer_impl)
         extract(MegatronBase(model), plan, arguments, backend="megatron", share=_share(model))
@@ -65,12 +65,6 @@ def _find_base(arguments: ExtractArguments) -> Checkpoint:
 
 def _layers_of_draft(record: CheckpointRecord) -> tuple[int, ...] | None:
     return None if record.conversion is None else check_trainable(record).aux_layer_ids
-
-
-def cache_of(arguments: StoredStatesArguments) -> Path:
-    """Beside the store, which holds nothing but its own files."""
-    output = Path(arguments.output_dir)
-    return output.with_name(f"{output.name}.data_cache")
 
 
 def _share(model: GPTModel) -> DataShare:

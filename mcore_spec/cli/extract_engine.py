@@ -6,16 +6,16 @@ Their environments need not have megatron-core.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mcore_spec.cli.arguments import DTYPE_NAMES
 from mcore_spec.cli.base_limits import check_seq_length, choose_layers
 from mcore_spec.cli.engine_arguments import ExtractEngineArguments
 from mcore_spec.cli.terminal import say
 from mcore_spec.data.chat import ChatEncoder, load_tokenizer
-from mcore_spec.data.hidden_states.plan import ExtractionPlan
+from mcore_spec.data.hidden_states.plan import ExtractionPlan, cache_beside
 from mcore_spec.data.store import build_token_store
-from mcore_spec.engines.extract import extract
+from mcore_spec.engines.extract import EngineSetting, extract
 from mcore_spec.engines.final_norm import FinalNorm
 from mcore_spec.engines.tensorrt_llm import TensorRtLlmEngine
 from mcore_spec.engines.vllm import VllmEngine
@@ -33,12 +33,10 @@ def run(arguments: ExtractEngineArguments) -> None:
     output = Path(arguments.output_dir)
     tokenizer = load_tokenizer(base.directory)
     check_seq_length(arguments.seq_length, base.architecture)
-    # Beside the store, which holds nothing but its own files.
-    cache = arguments.data_cache_path or str(output.with_name(f"{output.name}.data_cache"))
     conversations = build_token_store(
         arguments.data_path,
         tokenizer,
-        cache_dir=Path(cache),
+        cache_dir=Path(arguments.data_cache_path or cache_beside(output)),
         seq_length=arguments.seq_length,
         on_bad_line=arguments.on_bad_line,
         vocab_size=base.architecture.vocab_size,
@@ -104,13 +102,14 @@ def load_engine(
             f"a conversation of {longest} tokens leaves no position for the token that {name} samples "
             f"({base.max_position_embeddings} positions); lower --seq-length by one"
         )
-    common: dict[str, Any] = {
-        "aux_layer_ids": plan.aux_layer_ids,
-        "scratch": scratch,
-        "max_tokens": longest,
-        "dtype": dtype,
-        "tensor_parallel_size": tensor_parallel_size,
-    }
+    setting = EngineSetting(
+        base=directory,
+        aux_layer_ids=plan.aux_layer_ids,
+        scratch=scratch,
+        max_tokens=longest,
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+    )
     if name == "vllm":
-        return VllmEngine(directory, num_layers=base.num_layers, **common)
-    return TensorRtLlmEngine(directory, hidden_size=base.hidden_size, **common)
+        return VllmEngine(setting, num_layers=base.num_layers)
+    return TensorRtLlmEngine(setting, hidden_size=base.hidden_size)

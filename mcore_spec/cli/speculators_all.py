@@ -15,7 +15,7 @@ from mcore_spec.cli.speculators_arguments import (
     VocabMappingArguments,
 )
 from mcore_spec.cli.terminal import say
-from mcore_spec.data.foreign_states.form import publish_file
+from mcore_spec.data.durable_files import publish_file
 from mcore_spec.data.foreign_states.speculators_v1 import DATA_CONFIG
 from mcore_spec.errors import ConfigError
 from mcore_spec.weights.base_directory import find_base

@@ -15,10 +15,11 @@ from mcore_spec.cli.speculators_arguments import DataGenerationArguments
 from mcore_spec.cli.terminal import say
 from mcore_spec.data.chat import ChatEncoder, load_tokenizer
 from mcore_spec.data.document import Document, DocumentSource, IntArray
-from mcore_spec.data.foreign_states.form import Facts, publish_file, to_output_ids
+from mcore_spec.data.durable_files import publish_file
+from mcore_spec.data.foreign_states.form import Facts, to_output_ids
 from mcore_spec.data.foreign_states.speculators_v1 import DATA_CONFIG, SpeculatorsV1Writer
 from mcore_spec.data.hidden_states import StatesStore, StoreDescription
-from mcore_spec.data.hidden_states.plan import ExtractionPlan
+from mcore_spec.data.hidden_states.plan import ExtractionPlan, cache_beside
 from mcore_spec.data.store import build_token_store
 from mcore_spec.engines.extract import Engine, extract
 from mcore_spec.errors import ConfigError
@@ -85,7 +86,7 @@ def _plan(arguments: DataGenerationArguments, base: BaseDirectory) -> Extraction
     store = build_token_store(
         [given or arguments.train_data_path],
         tokenizer,
-        cache_dir=Path(arguments.cache_dir or output.with_name(f"{output.name}.data_cache")),
+        cache_dir=Path(arguments.cache_dir or cache_beside(output)),
         seq_length=arguments.seq_length,
         on_bad_line="skip" if given else "error",
         vocab_size=base.architecture.vocab_size,

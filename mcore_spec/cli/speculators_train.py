@@ -29,7 +29,8 @@ from mcore_spec.cli.speculators_arguments import SpeculatorsTrainArguments
 from mcore_spec.cli.speculators_vocab import load_array
 from mcore_spec.cli.terminal import say
 from mcore_spec.cli.training_arguments import FinetuneArguments
-from mcore_spec.data.foreign_states.form import LeftOpen, Reader, publish_file
+from mcore_spec.data.durable_files import publish_file
+from mcore_spec.data.foreign_states.form import LeftOpen, Reader
 from mcore_spec.data.foreign_states.speculators_v1 import DATA_CONFIG, SPECULATORS_V1
 from mcore_spec.data.hidden_states import DocumentStates, StatesStore
 from mcore_spec.data.hidden_states.files import MANIFEST

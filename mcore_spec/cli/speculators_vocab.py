@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mcore_spec.cli.speculators_arguments import VocabMappingArguments
 from mcore_spec.cli.terminal import say
-from mcore_spec.data.foreign_states.form import publish_file
+from mcore_spec.data.durable_files import publish_file
 from mcore_spec.data.torch_files import UnreadableFile, read_torch_file
 from mcore_spec.drafts.vocab_map import select_draft_vocabulary, target_to_draft
 from mcore_spec.errors import ConfigError

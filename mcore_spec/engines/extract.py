@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -24,6 +26,36 @@ class Captured(NamedTuple):
 
     aux: Tensor
     last: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSetting:
+    """How an engine that writes hidden states to files is set up.
+
+    Attributes:
+        base: Hugging Face directory.
+        aux_layer_ids: 0-based, by output, ascending.
+        scratch: directory for what is captured, until it is read.
+        max_tokens: of a prompt.
+        dtype: of the base and of its states: float32, bfloat16, float16, or auto.
+        tensor_parallel_size: GPUs.
+    """
+
+    base: Path
+    aux_layer_ids: tuple[int, ...]
+    scratch: Path
+    max_tokens: int
+    dtype: str
+    tensor_parallel_size: int = 1
+
+    def empty_scratch(self) -> None:
+        """Make the directory, without what an earlier attempt left there."""
+        self.remove_scratch()
+        self.scratch.mkdir(parents=True)
+
+    def remove_scratch(self) -> None:
+        """Behind the last conversation."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 class Engine(Protocol):

@@ -9,7 +9,6 @@ request may run at a time, in one piece, and nothing of it may come from the cac
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 
 from mcore_spec.data.foreign_states.form import FLOATS, numbered_files, take_tensor
 from mcore_spec.data.torch_files import UnreadableFile, read_torch_file
-from mcore_spec.engines.extract import Captured
+from mcore_spec.engines.extract import Captured, EngineSetting
 from mcore_spec.errors import ConfigError
 
 HOW = (
@@ -37,27 +36,12 @@ class TensorRtLlmEngine:
 
     last_is_normed = True
 
-    def __init__(
-        self,
-        base: Path,
-        *,
-        hidden_size: int,
-        aux_layer_ids: Sequence[int],
-        scratch: Path,
-        max_tokens: int,
-        dtype: str,
-        tensor_parallel_size: int = 1,
-    ) -> None:
+    def __init__(self, setting: EngineSetting, *, hidden_size: int) -> None:
         """Load the base.
 
         Args:
-            base: its Hugging Face directory.
+            setting: base, layers and scratch directory, which is emptied now.
             hidden_size: h.
-            aux_layer_ids: 0-based, by output, ascending.
-            scratch: directory for what is captured, until it is read; emptied now.
-            max_tokens: of a prompt.
-            dtype: of the base and of its states: bfloat16, float16, float32, or auto.
-            tensor_parallel_size: GPUs.
 
         Raises:
             ConfigError: TensorRT-LLM is not installed.
@@ -67,27 +51,26 @@ class TensorRtLlmEngine:
             from tensorrt_llm.llmapi import KvCacheConfig, SaveHiddenStatesDecodingConfig
         except ImportError as error:
             raise ConfigError(f"{HOW} ({error})") from error
-        self._shape = (len(aux_layer_ids), hidden_size)
-        self._scratch = scratch
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        self._shape = (len(setting.aux_layer_ids), hidden_size)
+        self._setting = setting
+        setting.empty_scratch()
         self._sampling = SamplingParams(max_tokens=1, temperature=0)
         self._engine: Any = LLM(
-            model=str(base),
-            dtype=dtype,
-            tensor_parallel_size=tensor_parallel_size,
+            model=str(setting.base),
+            dtype=setting.dtype,
+            tensor_parallel_size=setting.tensor_parallel_size,
             attn_backend="TRTLLM",
             max_batch_size=1,
-            max_num_tokens=max_tokens + 1,
-            max_seq_len=max_tokens + 1,
+            max_num_tokens=setting.max_tokens + 1,
+            max_seq_len=setting.max_tokens + 1,
             enable_chunked_prefill=False,
             cuda_graph_config=None,
             kv_cache_config=KvCacheConfig(enable_block_reuse=False, free_gpu_memory_fraction=0.5),
             speculative_config=SaveHiddenStatesDecodingConfig(
-                output_directory=str(scratch.resolve()),
+                output_directory=str(setting.scratch.resolve()),
                 write_interval=1,
                 file_prefix=_PREFIX,
-                eagle3_layers_to_capture=set(aux_layer_ids),
+                eagle3_layers_to_capture=set(setting.aux_layer_ids),
             ),
         )
 
@@ -95,14 +78,14 @@ class TensorRtLlmEngine:
         """See `Engine`."""
         for token_ids in conversations:
             self._engine.generate([token_ids], self._sampling, use_tqdm=False)
-            (path,) = numbered_files(self._scratch, f"{_PREFIX}_*.pt")
+            (path,) = numbered_files(self._setting.scratch, f"{_PREFIX}_*.pt")
             yield read_dump(path, token_ids, shape=self._shape)
             path.unlink()
 
     def close(self) -> None:
         """Let go of the GPUs and remove the scratch directory."""
         self._engine.shutdown()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._setting.remove_scratch()
 
 
 def read_dump(path: Path, token_ids: list[int], *, shape: tuple[int, int]) -> Captured:

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from mcore_spec.bases.transformers import TransformersBase
+from mcore_spec.bases.transformers import load_base
 from mcore_spec.engines.extract import Captured
 
 
@@ -45,10 +44,7 @@ class TransformersEngine:
         if device is None:
             is_cuda = torch.cuda.is_available()
             device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        # A call of the class itself: PreTrainedModel.to is typed as a wrapper.
-        self._base = TransformersBase(model.eval())
-        torch.nn.Module.to(model, device)
+        self._base = load_base(base, dtype, device=device)
         self._device = device
         self._num_aux = len(aux_layer_ids)
         # The last layer's own output stands before the norm.

@@ -7,7 +7,6 @@ and handed to a connector in the step after the one in which the request ended, 
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from mcore_spec.data.foreign_states.form import to_boundary_ids
 from mcore_spec.data.foreign_states.speculators_hs import read_captured
-from mcore_spec.engines.extract import Captured
+from mcore_spec.engines.extract import Captured, EngineSetting
 from mcore_spec.errors import ConfigError
 
 _CONNECTOR_MODULE, _CONNECTOR = "mcore_spec.engines.vllm_connector", "StatesConnector"
@@ -51,27 +50,12 @@ class VllmEngine:
 
     last_is_normed = False
 
-    def __init__(
-        self,
-        base: Path,
-        *,
-        num_layers: int,
-        aux_layer_ids: Sequence[int],
-        scratch: Path,
-        max_tokens: int,
-        dtype: str,
-        tensor_parallel_size: int = 1,
-    ) -> None:
+    def __init__(self, setting: EngineSetting, *, num_layers: int) -> None:
         """Load the base.
 
         Args:
-            base: its Hugging Face directory.
+            setting: base, layers and scratch directory, which is emptied now.
             num_layers: of the base.
-            aux_layer_ids: 0-based, by output, ascending.
-            scratch: directory for what is captured, until it is read; emptied now.
-            max_tokens: of a prompt.
-            dtype: of the base and of its states: float32, bfloat16, float16, or auto.
-            tensor_parallel_size: GPUs.
 
         Raises:
             ConfigError: vLLM is not installed.
@@ -80,20 +64,18 @@ class VllmEngine:
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise ConfigError(f"{HOW} ({error})") from error
-        self._aux_layer_ids = tuple(aux_layer_ids)
-        self._scratch = scratch
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        self._setting = setting
+        setting.empty_scratch()
         self._sampling = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
         # The last layer may be an aux layer too; it is kept once.
-        states = sorted({*to_boundary_ids(self._aux_layer_ids), num_layers})
+        states = sorted({*to_boundary_ids(setting.aux_layer_ids), num_layers})
         self._engine: Any = LLM(
-            model=str(base),
-            dtype=dtype,
-            tensor_parallel_size=tensor_parallel_size,
+            model=str(setting.base),
+            dtype=setting.dtype,
+            tensor_parallel_size=setting.tensor_parallel_size,
             enforce_eager=True,
             # One more for the token that ends the request.
-            max_model_len=max_tokens + 1,
+            max_model_len=setting.max_tokens + 1,
             # A prefix that is taken from the cache would not run through the layers.
             enable_prefix_caching=False,
             speculative_config={
@@ -106,7 +88,7 @@ class VllmEngine:
                 "kv_connector_module_path": _CONNECTOR_MODULE,
                 "kv_role": "kv_producer",
                 "kv_connector_extra_config": {
-                    "shared_storage_path": str(scratch.resolve()),
+                    "shared_storage_path": str(setting.scratch.resolve()),
                     # A file takes its name when it is whole.
                     "use_synchronization_lock": False,
                 },
@@ -123,9 +105,9 @@ class VllmEngine:
             if captured.token_ids.tolist() != token_ids:
                 raise ConfigError(f"vLLM returned states of other tokens than it was given ({path}); see its log")
             states = captured.hidden_states
-            yield Captured(states[:, : len(self._aux_layer_ids)], states[:, -1])
+            yield Captured(states[:, : len(self._setting.aux_layer_ids)], states[:, -1])
             path.unlink()
 
     def close(self) -> None:
         """Remove the scratch directory."""
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._setting.remove_scratch()

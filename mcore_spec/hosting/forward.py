@@ -35,6 +35,8 @@ from mcore_spec.parallel.documents import Documents
 _COUNTS = ("num_items_in_batch", "shift_labels")
 # Hidden states of the base, where it does not run: see `DraftedForward`.
 LAST_STATES, AUX_STATES = "last_hidden_states", "aux_hidden_states"
+# What a call may have beside the arguments of the model's own forward.
+_FURTHER = (*_COUNTS, LAST_STATES, AUX_STATES)
 # Options of a plain forward that change nothing about the draft's loss.
 _WITHOUT_EFFECT = frozenset({"use_cache", "return_dict", "shift_labels"})
 _TOKENS = ("input_ids", "labels", "attention_mask", "position_ids")
@@ -93,7 +95,7 @@ class DraftedForward:
         """The original's, and what Trainer hands over besides: it looks here for columns to keep."""
         parameters = list(signature(self.original).parameters.values())
         rest = [parameter for parameter in parameters if parameter.kind is Parameter.VAR_KEYWORD]
-        own = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in (*_COUNTS, LAST_STATES, AUX_STATES)]
+        own = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in _FURTHER]
         return Signature([*parameters[: len(parameters) - len(rest)], *own, *rest])
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -119,7 +121,7 @@ class DraftedForward:
                     "labels are missing in a training step: a draft learns from them; give the tokens, with -100 where "
                     "nothing is learned"
                 )
-            for name in (*_COUNTS, LAST_STATES, AUX_STATES):
+            for name in _FURTHER:
                 call.pop(name, None)
             return self.original(**call)
         output = self._run(call)

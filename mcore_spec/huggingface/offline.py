@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from mcore_spec.bases.transformers import TransformersBase
@@ -42,9 +43,7 @@ class StatesDataset(Dataset[StoredDocument]):
             base: has the final norm, which is copied where the states of the last layer did not go through it.
             aux_layer_ids: which the draft reads, ascending.
         """
-        self.store = store
-        there = store.description.aux_layer_ids
-        self._layers = [there.index(layer) for layer in aux_layer_ids]
+        self.store, self._aux_layer_ids = store, tuple(aux_layer_ids)
         self._norm = None if store.description.last_is_normed else deepcopy(base.final_norm).cpu()
 
     def __len__(self) -> int:
@@ -52,9 +51,9 @@ class StatesDataset(Dataset[StoredDocument]):
 
     @torch.no_grad()
     def __getitem__(self, index: int) -> StoredDocument:
-        states = self.store.states(index, layers=self._layers)
+        states = self.store.states(index, aux_layer_ids=self._aux_layer_ids)
         document = Document(states.token_ids.numpy(), states.loss_mask.numpy())
-        aux = states.aux.flatten(1) if self._layers else None
+        aux = states.aux.flatten(1) if self._aux_layer_ids else None
         last = states.last if self._norm is None else self._norm(states.last)
         return StoredDocument(document, aux, last)
 
@@ -69,16 +68,8 @@ class StatesCollator:
     def __call__(self, stored: Sequence[StoredDocument]) -> dict[str, Tensor]:
         """`DraftCollator`'s tensors, and states [documents, longest, ...] under the names that the forward takes."""
         batch = self._tokens([each.document for each in stored])
-        width = batch["input_ids"].shape[1]
-        batch[LAST_STATES] = _padded([each.last for each in stored], width)
+        batch[LAST_STATES] = pad_sequence([each.last for each in stored], batch_first=True)
         aux = [each.aux for each in stored if each.aux is not None]
         if aux:
-            batch[AUX_STATES] = _padded(aux, width)
+            batch[AUX_STATES] = pad_sequence(aux, batch_first=True)
         return batch
-
-
-def _padded(rows: Sequence[Tensor], width: int) -> Tensor:
-    padded = rows[0].new_zeros(len(rows), width, rows[0].shape[1])
-    for place, each in zip(padded, rows, strict=True):
-        place[: len(each)] = each
-    return padded

@@ -12,7 +12,7 @@ from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.conversion import conversion_of
 from mcore_spec.data.batch import make_batch
 from mcore_spec.data.document import DocumentSource
-from mcore_spec.parallel.documents import Documents
+from mcore_spec.parallel.documents import Documents, document_multiple, row_multiple
 from mcore_spec.quantization.installed import quantization_of
 from mcore_spec.training.step import DraftStep
 
@@ -35,14 +35,13 @@ class CalibrationLoop:
         base, quantization = MegatronBase(model), quantization_of(model)
         assert quantization is not None, "called by quantize()"
         groups: Any = model.pg_collection
-        context_size = groups.cp.size()
         try:
             for index in islice(range(self.num_conversations), groups.dp.rank(), None, groups.dp.size()):
                 batch = make_batch(
                     [self.source.document(index)],
                     num_steps=1 if step is None else step.num_steps,
-                    document_multiple=1 if context_size == 1 else 2 * context_size,
-                    row_multiple=context_size * (base.tp.size if base.tp.sequence_parallel else 1),
+                    document_multiple=document_multiple(groups.cp),
+                    row_multiple=row_multiple(groups.cp, base.tp),
                     num_samples=1,
                 ).to(next(model.parameters()).device)
                 documents = Documents(batch.bounds, lengths=batch.lengths, group=groups.cp)

@@ -52,19 +52,15 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def generation(base: Path, conversations: Path, output: Path) -> list[object]:
+    given = ["--target-model-path", base, "--train-data-path", conversations]
+    return [*given, "--output-dir", output, "--seq-length", 64]
+
+
 def test_data_are_the_bases_hidden_states_by_boundary(
     script: Script, tmp_path: Path, base: Path, conversations: Path
 ) -> None:
-    words = (
-        "--target-model-path",
-        base,
-        "--train-data-path",
-        conversations,
-        "--output-dir",
-        tmp_path / "data",
-        "--seq-length",
-        64,
-    )
+    words = generation(base, conversations, tmp_path / "data")
     done = script("data_generation_offline", *words, "--max-samples", 4, "--batch-size", 3)
     assert done.code == 0, done.err
     config = json.loads((tmp_path / "data" / "data_config.json").read_text())
@@ -98,17 +94,8 @@ def test_layers_and_order_can_be_chosen(script: Script, tmp_path: Path, base: Pa
     files = []
     for seed in (0, 0, 1):
         output = tmp_path / f"data{len(files)}"
-        words = (
-            "--target-model-path",
-            base,
-            "--train-data-path",
-            conversations,
-            "--output-dir",
-            output,
-            "--seq-length",
-            64,
-        )
-        done = script("data_generation_offline", *words, "--layer-ids", 1, 3, 8, "--seed", seed, "--max-samples", 5)
+        words = ("--layer-ids", 1, 3, 8, "--seed", seed, "--max-samples", 5)
+        done = script("data_generation_offline", *generation(base, conversations, output), *words)
         assert done.code == 0, done.err
         reader = SPECULATORS_V1.open(output, LeftOpen())
         assert reader.facts.aux_layer_ids == (0, 2)

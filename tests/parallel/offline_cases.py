@@ -80,11 +80,11 @@ def extract(*, layout: Layout, directory: Path, store: Path, case: str = "whole 
 
 def extract_with_transformers(*, directory: Path, store: Path) -> int:
     """The same of the base as transformers runs it, a whole one on each rank."""
-    from mcore_spec.cli.extract_hf import load_model
+    from mcore_spec.bases.transformers import load_base
     from tests.parity.hf_models import norm_in_float64
 
     with parallel_runtime(Layout()):
-        base = load_model(directory, "float64", target=CPU)
+        base = load_base(directory, "float64", device=CPU)
         norm_in_float64(base.model)
         share = DataShare(rank=dist.get_rank(), size=dist.get_world_size(), context_group=None, device=CPU)
         return extract_with(base, plan(base.architecture), store, share, backend="transformers")

@@ -15,7 +15,7 @@ from mcore_spec.config import BaseIdentity
 from mcore_spec.data.hidden_states import StatesStore
 from mcore_spec.data.hidden_states.plan import ExtractionPlan
 from mcore_spec.data.store_files import StoreCounts, StoreWriter, TokenStore
-from mcore_spec.engines.extract import Captured, extract
+from mcore_spec.engines.extract import Captured, EngineSetting, extract
 from mcore_spec.engines.final_norm import FinalNorm
 from mcore_spec.engines.tensorrt_llm import TensorRtLlmEngine, read_dump
 from mcore_spec.engines.vllm import VllmEngine, wait_for
@@ -129,11 +129,11 @@ def test_the_final_norm_is_the_bases(tmp_path: Path) -> None:
 
 
 def test_engines_that_are_not_installed_say_what_they_need(tmp_path: Path) -> None:
-    common: dict[str, Any] = {"aux_layer_ids": AUX, "scratch": tmp_path / "x", "max_tokens": 8, "dtype": "float32"}
+    setting = EngineSetting(base=tmp_path, aux_layer_ids=AUX, scratch=tmp_path / "x", max_tokens=8, dtype="float32")
     with pytest.raises(ConfigError, match="vllm_environment.sh"):
-        VllmEngine(tmp_path, num_layers=6, **common)
+        VllmEngine(setting, num_layers=6)
     with pytest.raises(ConfigError, match="NVIDIA GPU"):
-        TensorRtLlmEngine(tmp_path, hidden_size=HIDDEN, **common)
+        TensorRtLlmEngine(setting, hidden_size=HIDDEN)
     assert not (tmp_path / "x").exists()
 
 

@@ -17,12 +17,13 @@ from mcore_spec import ConfigError
 from mcore_spec.bases.transformers import TransformersBase
 from mcore_spec.config import eagle_preset
 from mcore_spec.conversion import Mode, conversion_of, find_algorithm
-from mcore_spec.data.hidden_states import DocumentStates, StatesStore, StatesWriter, StoreDescription
+from mcore_spec.data.hidden_states import DocumentStates, StatesStore, StatesWriter
 from mcore_spec.data.hidden_states.writer import finish_store
 from mcore_spec.huggingface.data import ConversationDataset, DraftCollator
 from mcore_spec.huggingface.offline import StatesCollator, StatesDataset
 from mcore_spec.huggingface.trainer import DraftTrainer
 from tests.tiny import VOCAB_SIZE, write_hf_model
+from tests.unit.test_hidden_states import description
 from tests.unit.test_huggingface_trainer import Documents
 
 MODES: dict[str, Mode] = {"eagle3": eagle_preset("eagle3"), "eagle1": eagle_preset("eagle1"), "medusa": "medusa"}
@@ -39,12 +40,8 @@ def store_of(base_dir: Path, directory: Path, aux_layer_ids: tuple[int, ...], *,
     documents = Documents().documents
     raw: list[Tensor] = []
     model.model.layers[-1].register_forward_hook(lambda _module, _inputs, output: raw.append(output))
-    description = StoreDescription(
-        source="a base",
-        base_fingerprint="b",
+    about = description(
         backend="transformers",
-        tokenizer_fingerprint="t",
-        conversation_fingerprint="c",
         num_documents=len(documents),
         seq_length=max(len(token_ids) for token_ids, _ in documents),
         vocab_size=VOCAB_SIZE,
@@ -52,14 +49,13 @@ def store_of(base_dir: Path, directory: Path, aux_layer_ids: tuple[int, ...], *,
         # One more than the draft reads, in front of its own.
         aux_layer_ids=tuple(sorted({0, *aux_layer_ids})),
         last_is_normed=is_normed,
-        dtype="float64",
     )
-    with StatesWriter(directory, description) as writer:
+    with StatesWriter(directory, about) as writer:
         for number, (token_ids, mask) in enumerate(documents):
             with torch.no_grad():
                 output = model(torch.from_numpy(token_ids)[None], output_hidden_states=True)
             # hidden_states[0] is the embedding; the last one stands behind the final norm.
-            aux = torch.stack([output.hidden_states[layer + 1][0] for layer in description.aux_layer_ids], dim=1)
+            aux = torch.stack([output.hidden_states[layer + 1][0] for layer in about.aux_layer_ids], dim=1)
             last = output.hidden_states[-1][0] if is_normed else raw[-1][0]
             writer.append(number, DocumentStates(torch.from_numpy(token_ids), torch.from_numpy(mask), aux, last))
     finish_store(directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mcore_spec.data.hidden_states import DocumentStates
-from mcore_spec.data.hidden_states.files import PARTIAL, sync
 from mcore_spec.errors import ConfigError
 
 Convention = Literal["boundary", "output"]
@@ -186,14 +184,3 @@ def check_rows(states: DocumentStates, facts: Facts, *, where: Path) -> Document
                 f"{facts.hidden_size} it must be {list(shape)}; write it again, or correct --aux-layer-ids"
             )
     return states
-
-
-def publish_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file that has its name only when it is whole."""
-    partial = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
-    try:
-        write(partial)
-        sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

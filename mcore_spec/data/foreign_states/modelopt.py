@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mcore_spec.data.durable_files import publish_file
 from mcore_spec.data.foreign_states.form import (
     FLOATS,
     Facts,
@@ -27,7 +28,6 @@ from mcore_spec.data.foreign_states.form import (
     asked,
     check_rows,
     numbered_files,
-    publish_file,
     take_tensor,
 )
 from mcore_spec.data.hidden_states import DocumentStates

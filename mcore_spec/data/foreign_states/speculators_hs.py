@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mcore_spec.data.durable_files import publish_file
 from mcore_spec.data.foreign_states.form import (
     FLOATS,
     Facts,
@@ -29,7 +30,6 @@ from mcore_spec.data.foreign_states.form import (
     asked,
     check_rows,
     check_tensor,
-    publish_file,
     take_tensor,
 )
 from mcore_spec.data.foreign_states.modelopt import INTEGERS

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from mcore_spec.data.durable_files import publish_file
 from mcore_spec.data.foreign_states.form import (
     FLOATS,
     Convention,
@@ -31,7 +32,6 @@ from mcore_spec.data.foreign_states.form import (
     check_rows,
     check_tensor,
     numbered_files,
-    publish_file,
     take_tensor,
     to_boundary_ids,
     to_output_ids,

@@ -42,8 +42,7 @@ class StoredBatches:
             num_ahead: micro-batches that are held at most.
         """
         self._batches, self._store, self._num_ahead = batches, store, num_ahead
-        there = store.description.aux_layer_ids
-        self._layers = [there.index(layer) for layer in aux_layer_ids]
+        self._aux_layer_ids = tuple(aux_layer_ids)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hidden states")
         self._read: deque[Future[Batch | None]] = deque()
         self._sequence: Iterator[Batch | None] = iter(())
@@ -95,11 +94,13 @@ class StoredBatches:
     def _states(self, batch: Batch) -> BatchStates:
         """Rows of the batch, those of a document behind its start."""
         description = self._store.description
-        parts = [self._store.states(number, layers=self._layers) for number in batch.numbers]
+        parts = [self._store.states(number, aux_layer_ids=self._aux_layer_ids) for number in batch.numbers]
         num_rows, hidden_size = batch.bounds[-1], description.hidden_size
         dtype = parts[0].last.dtype
         last = torch.zeros(num_rows, hidden_size, dtype=dtype)
-        aux = torch.zeros(num_rows, len(self._layers) * hidden_size, dtype=dtype) if self._layers else None
+        aux = (
+            torch.zeros(num_rows, len(self._aux_layer_ids) * hidden_size, dtype=dtype) if self._aux_layer_ids else None
+        )
         for start, part in zip(batch.bounds, parts, strict=False):
             rows = slice(start, start + len(part.last))
             last[rows] = part.last

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -28,7 +27,6 @@ from mcore_spec.errors import CheckpointError, ConfigError
 
 MANIFEST, DESCRIPTION = "manifest.json", "description.json"
 SHARDS, JOURNALS = "shard-*.safetensors", "journal-*.jsonl"
-PARTIAL = ".partial-"
 FORMAT_VERSION: int = StoreDescription.model_fields["format_version"].default
 
 
@@ -222,26 +220,3 @@ def missing_documents(shards: Iterable[Shard], num_documents: int) -> list[int]:
     """Numbers that no shard has, ascending."""
     there = set(chain.from_iterable(shard.documents for shard in shards))
     return [number for number in range(num_documents) if number not in there]
-
-
-def publish(path: Path, text: str) -> None:
-    """Write a small file whole, or leave what was there."""
-    partial = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Bring a file's contents, or a directory's entries, onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,11 @@ from mcore_spec.data.hidden_states.description import StoreDescription
 from mcore_spec.data.store_files import TokenStore
 from mcore_spec.errors import ConfigError
 from mcore_spec.planning.states import StatesDtype, StatesSize
+
+
+def cache_beside(store: Path) -> Path:
+    """Where tokenised conversations are kept: the store holds nothing but its own files."""
+    return store.with_name(f"{store.name}.data_cache")
 
 
 class TrimmedDocuments:

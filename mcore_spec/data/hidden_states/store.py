@@ -104,12 +104,12 @@ class StatesStore:
         tensors = self._read(index, (TOKENS, MASK))
         return Document(tensors[TOKENS].numpy().astype(np.int64), tensors[MASK].numpy())
 
-    def states(self, index: int, *, layers: Sequence[int] | None = None) -> DocumentStates:
+    def states(self, index: int, *, aux_layer_ids: Sequence[int] | None = None) -> DocumentStates:
         """Document `index` with its states: in the store's dtype, or in float32 where that has eight bits.
 
         Args:
             index: of the document.
-            layers: places of the wanted ones in `description.aux_layer_ids`; ``None``: all.
+            aux_layer_ids: the wanted ones of `description.aux_layer_ids`; ``None``: all.
 
         Raises:
             IndexError: there is none of that number.
@@ -117,8 +117,10 @@ class StatesStore:
         """
         scales = (AUX + SCALE, LAST + SCALE) if self.description.dtype == "float8_e4m3fn" else ()
         tensors = self._read(index, (TOKENS, MASK, AUX, LAST, *scales))
-        if layers is not None and list(layers) != list(range(len(self.description.aux_layer_ids))):
-            tensors |= {name: tensors[name][:, list(layers)] for name in (AUX, AUX + SCALE) if name in tensors}
+        there = self.description.aux_layer_ids
+        if aux_layer_ids is not None and tuple(aux_layer_ids) != there:
+            places = [there.index(layer) for layer in aux_layer_ids]
+            tensors |= {name: tensors[name][:, places] for name in (AUX, AUX + SCALE) if name in tensors}
         return decode(tensors)
 
     def _read(self, index: int, names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from mcore_spec.data.durable_files import PARTIAL, publish_file, sync
 from mcore_spec.data.hidden_states.description import StoreDescription
 from mcore_spec.data.hidden_states.files import (
     DESCRIPTION,
     JOURNALS,
     MANIFEST,
-    PARTIAL,
     SHARDS,
     Manifest,
     Shard,
@@ -26,14 +26,12 @@ from mcore_spec.data.hidden_states.files import (
     missing_documents,
     parse_journal,
     present_shards,
-    publish,
     read_description,
     read_journal,
     read_manifest,
     shard_name,
     shard_number,
     shard_pattern,
-    sync,
 )
 from mcore_spec.data.hidden_states.states import MASK, TOKENS, DocumentStates, encode
 from mcore_spec.data.json_lines import GrowingFile
@@ -197,7 +195,7 @@ def finish_store(directory: Path) -> None:
             "with the same command, which adds them"
         )
     manifest = Manifest(description=description, shards=tuple(shards))
-    publish(directory / MANIFEST, manifest.model_dump_json() + "\n")
+    publish_file(directory / MANIFEST, lambda partial: partial.write_text(manifest.model_dump_json() + "\n"))
     known = {shard.name for shard in shards}
     for pattern in (JOURNALS, DESCRIPTION, PARTIAL + "*", SHARDS):
         for path in directory.glob(pattern):
@@ -230,7 +228,8 @@ def begin_store(directory: Path, description: StoreDescription) -> None:
     begun = read_description(directory) if manifest is None else manifest.description
     if begun is None:
         # Of writers that begin together each writes the same.
-        publish(directory / DESCRIPTION, description.model_dump_json(indent=2) + "\n")
+        text = description.model_dump_json(indent=2) + "\n"
+        publish_file(directory / DESCRIPTION, lambda partial: partial.write_text(text))
         begun = read_description(directory)
         assert begun is not None, "written above"
     begun.check_same(description, where=str(directory))
