@@ -18,6 +18,7 @@ from mcore_spec.drafts.eagle1 import Eagle1Draft
 from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.mtp import MTPDraft, build_mtp
 from mcore_spec.drafts.resolve import resolve_eagle
+from mcore_spec.drafts.vocab_map import agree_on_size, check_has_mapping
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.export.parallel_heads import check_parallel_format, with_parallel_heads
 from mcore_spec.export.plan import ExportFormat, ExportPlan
@@ -78,11 +79,7 @@ def resolve_family(config: EagleConfig, base: BaseArchitecture, d2t: Tensor | No
     resolved = resolve_eagle(_with_draft_vocabulary(config, d2t), base)
     size = resolved.eagle_architecture_config.draft_vocab_size
     assert size is not None
-    if size < base.vocab_size and d2t is None:
-        raise ConfigError(
-            f"draft_vocab_size = {size} is smaller than the base's vocabulary of {base.vocab_size}: give the mapping "
-            "d2t (--draft-vocab-cache), or an engine would propose the first ids"
-        )
+    check_has_mapping(size, d2t, vocab_size=base.vocab_size)
     if resolved.eagle_reuse_base_mtp:
         raise ConfigError(
             "eagle_reuse_base_mtp = true says how a draft was made, and the layer is in the base's files; leave it out "
@@ -98,12 +95,8 @@ def resolve_family(config: EagleConfig, base: BaseArchitecture, d2t: Tensor | No
 
 def _with_draft_vocabulary(config: EagleConfig, d2t: Tensor | None) -> EagleConfig:
     """Take the draft vocabulary's size from `d2t` where the configuration leaves it open."""
-    if d2t is None:
-        return config
     architecture = config.eagle_architecture_config
-    given, size = architecture.draft_vocab_size, int(d2t.shape[0])
-    if given not in (None, size):
-        raise ConfigError(f"draft_vocab_size = {given} but d2t has {size} entries; make the two agree")
+    size = agree_on_size(architecture.draft_vocab_size, d2t)
     architecture = architecture.model_copy(update={"draft_vocab_size": size})
     return config.model_copy(update={"eagle_architecture_config": architecture})
 

@@ -11,6 +11,7 @@ from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.config import BaseArchitecture, EagleArchitectureConfig
 from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.resolve import resolve_aux_layers
+from mcore_spec.drafts.vocab_map import check_is_filled
 from mcore_spec.errors import UnsupportedError
 from mcore_spec.export.llama import LAYER, LAYERS, NUM_DRAFT_TOKENS, llama_config, serving_commands
 from mcore_spec.export.plan import ExportFormat, ExportPlan, check_format, target_to_draft
@@ -64,13 +65,7 @@ def check_servable(draft: Eagle3Draft, base: BaseArchitecture) -> None:
             "hidden states in layer order; convert again with sorted layers"
         )
     if draft.has_reduced_vocabulary:
-        targets = draft.head_token_ids()
-        in_range = bool((targets >= 0).all()) and bool((targets < base.vocab_size).all())
-        if not in_range or bool((targets.diff() <= 0).any()):
-            raise UnsupportedError(
-                f"the draft vocabulary of {targets.shape[0]} entries has no valid d2t: an engine would propose the "
-                "wrong ids; convert again with --draft-vocab-cache"
-            )
+        check_is_filled(draft.head_token_ids(), vocab_size=base.vocab_size)
 
 
 def _flags(architecture: EagleArchitectureConfig) -> dict[str, bool]:

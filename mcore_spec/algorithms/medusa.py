@@ -6,11 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from mcore_spec.checkpoint.record import CheckpointRecord
-from mcore_spec.config import MedusaConfig
+from mcore_spec.config import BaseArchitecture, MedusaConfig
 from mcore_spec.config.files import ConfigFile
 from mcore_spec.conversion import Algorithm
 from mcore_spec.drafts.medusa import MedusaDraft
+from mcore_spec.drafts.vocab_map import agree_on_size, check_has_mapping, check_is_filled
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.export.plan import ExportFormat, ExportPlan, check_format, token_ids
 from mcore_spec.objectives.medusa import medusa_task
@@ -22,9 +25,14 @@ NAMES: Table = [
     ("heads.{i}.blocks.{j}.linear.weight", "blocks.{i}.layers.{j}.weight"),
     ("heads.{i}.blocks.{j}.linear.bias", "blocks.{i}.layers.{j}.bias"),
     ("heads.{i}.lm_head.weight", "lm_heads.{i}.weight"),
+    ("d2t", "d2t"),
 ]
 # FasterDecoding's file, which TensorRT-LLM and text-generation-inference look for by name too.
 HEADS_FILE = "medusa_lm_head.safetensors"
+_NO_ENGINE = (
+    "No engine serves Medusa heads of a draft vocabulary: vLLM 0.32 maps tokens only where all share one "
+    "lm_head. `mcore-spec validate --draft` and `generate` read this directory."
+)
 # Flag -> the field that it sets.
 _FLAGS = {"export_num_medusa_heads": "medusa_num_heads", "export_num_medusa_layers": "medusa_num_layers"}
 
@@ -45,6 +53,17 @@ def configure_medusa(flags: Mapping[str, Any], file: ConfigFile) -> MedusaConfig
     return MedusaConfig.parse({**file.values, **given}, where=file.where)
 
 
+def resolve_medusa(config: MedusaConfig, base: BaseArchitecture, d2t: Tensor | None) -> MedusaConfig:
+    """The size of the heads' vocabulary, filled in.
+
+    Raises:
+        ConfigError: it has another size than its mapping, or no mapping.
+    """
+    size = agree_on_size(config.draft_vocab_size, d2t) or base.vocab_size
+    check_has_mapping(size, d2t, vocab_size=base.vocab_size)
+    return config.model_copy(update={"draft_vocab_size": size})
+
+
 def names_of_fasterdecoding(num_layers: int) -> Table:
     """A head is a sequence: its residual blocks are numbered, and behind them its own head goes on counting."""
     return [
@@ -61,6 +80,13 @@ def plan_medusa(draft: MedusaDraft, record: CheckpointRecord, export_format: Exp
         UnsupportedError: a format that does not know this kind of draft, or whose reader would build another one.
     """
     check_format(export_format, draft, ("hf", "tensorrt-llm", "fasterdecoding"))
+    if draft.has_reduced_vocabulary:
+        check_is_filled(draft.head_token_ids(), vocab_size=record.base.vocab_size)
+        if export_format != "hf":
+            raise UnsupportedError(
+                f"export_format = {export_format!r} with draft_vocab_size = {draft.config.draft_vocab_size}: its "
+                "readers know no draft vocabulary; choose hf, or convert without one"
+            )
     if export_format != "hf":
         return _plan_fasterdecoding(draft, record, export_format)
     config = draft.config
@@ -74,6 +100,10 @@ def plan_medusa(draft: MedusaDraft, record: CheckpointRecord, export_format: Exp
         "max_paths": 64,
         "topk": 10,
     }
+    if draft.has_reduced_vocabulary:
+        return ExportPlan(
+            config={**values, "draft_vocab_size": config.draft_vocab_size}, table=NAMES, remarks=(_NO_ENGINE,)
+        )
     return ExportPlan(config=values, table=NAMES, serve={"vLLM": _vllm_command(config.medusa_num_heads)})
 
 
@@ -154,6 +184,7 @@ MEDUSA = Algorithm(
     config_class=MedusaConfig,
     child_name="medusa_heads",
     build=MedusaDraft,
+    resolve=resolve_medusa,
     plan=plan_medusa,
     configure=configure_medusa,
     task=medusa_task,

@@ -36,6 +36,9 @@ class MedusaConfig(StrictConfig):
     medusa_self_logit_distillation: bool = Field(
         False, description="Train against the base's distribution instead of the data's next token."
     )
+    draft_vocab_size: int | None = Field(
+        None, ge=1, description="Entries of the heads' vocabulary (default: the base's, no mapping)."
+    )
 
 
 class EagleArchitectureConfig(StrictConfig):

@@ -41,24 +41,37 @@ class Draft(nn.Module):
         """
         super().__init__()
         self.tp = tp
+        self.has_reduced_vocabulary = False
         # Of a draft that has just been attached: whether it starts from the base's layer.
         self.is_warm_started = False
+
+    def reserve_vocabulary(self, size: int, *, base_size: int, device: torch.device | None) -> None:
+        """Make room for the mapping of a vocabulary that is smaller than the base's; unset, so that it cannot serve."""
+        self.has_reduced_vocabulary = size < base_size
+        if self.has_reduced_vocabulary:
+            self.register_buffer("d2t", torch.full((size,), -1, dtype=torch.int64, device=device))
 
     def own_heads(self) -> list[VocabularyHead]:
         """Heads that belong to the draft and start as rows of the base's head."""
         return []
 
     def head_token_ids(self) -> Tensor:
-        """Base token id of each row of the draft's own heads, [vocabulary]."""
-        raise NotImplementedError
+        """Base token id of each row of the draft's own heads, int64 [vocabulary]: i + d2t[i], or i."""
+        head = self.own_heads()[0]
+        ids = torch.arange(head.vocab_size, device=head.weight.device)
+        return ids + self.get_buffer("d2t") if self.has_reduced_vocabulary else ids
 
     def init_weights(self, *, seed: int) -> None:
         """Initial values that depend on `seed` alone, not on the parallel layout."""
         raise NotImplementedError
 
     def set_draft_vocabulary(self, d2t: Tensor) -> None:
-        """Take the draft vocabulary, int64 [draft vocabulary] with target id = i + d2t[i]."""
-        raise NotImplementedError
+        """Take the draft vocabulary, int64 [draft vocabulary] with target id = i + d2t[i].
+
+        A whole vocabulary, which can only map to itself, needs none.
+        """
+        if self.has_reduced_vocabulary:
+            self.get_buffer("d2t").copy_(d2t)
 
     def scale_logits(self, head_row_norm: float) -> None:
         """Make the first logits small, where the draft has a norm that can do it.
@@ -131,9 +144,3 @@ class Draft(nn.Module):
         """megatron-core's protocol: every parameter and buffer as a `ShardedTensor`."""
         assert not sharded_offsets, "a draft lives on one pipeline stage"
         return sharded_state_dict(self, prefix, tp=self.tp, metadata=metadata)
-
-
-def draft_to_target(draft: nn.Module) -> Tensor:
-    """Base token id of each entry of the draft vocabulary, int64 [draft vocabulary]: i + d2t[i]."""
-    d2t = draft.get_buffer("d2t")
-    return torch.arange(d2t.shape[0], device=d2t.device) + d2t

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mcore_spec.config import BaseArchitecture, EagleConfig
-from mcore_spec.drafts.draft import Reads, draft_to_target
+from mcore_spec.drafts.draft import Reads
 from mcore_spec.drafts.linear_start import Factors, LinearMap, factor
 from mcore_spec.drafts.parallel_heads import build_parallel_heads
 from mcore_spec.drafts.resolve import resolve_rope
@@ -133,12 +133,9 @@ class Eagle3Draft(StepwiseDraft):
         self.layers = nn.ModuleList([first, *further])
         self.norm = RMSNorm(hidden, eps=shape.eps, place=place)
         assert architecture.draft_vocab_size is not None
-        self.has_reduced_vocabulary = architecture.draft_vocab_size < base.vocab_size
+        self.reserve_vocabulary(architecture.draft_vocab_size, base_size=base.vocab_size, device=place.device)
         owns_head = self.has_reduced_vocabulary or architecture.has_lm_head
         self.lm_head = VocabularyHead(hidden, architecture.draft_vocab_size, place=place) if owns_head else None
-        if self.has_reduced_vocabulary:
-            d2t = torch.full((architecture.draft_vocab_size,), -1, dtype=torch.int64, device=place.device)
-            self.register_buffer("d2t", d2t)
         self.parallel_draft_heads = build_parallel_heads(architecture, base, place=place)
 
     @property
@@ -146,20 +143,11 @@ class Eagle3Draft(StepwiseDraft):
         """The draft's, where it has one."""
         return self.lm_head
 
-    def head_token_ids(self) -> Tensor:
-        """Base token id of each row of the heads."""
-        return draft_to_target(self) if self.has_reduced_vocabulary else super().head_token_ids()
-
     def init_weights(self, *, seed: int) -> None:
         """Normal matrices with standard deviation ``initializer_range``; norms one, parallel heads the identity."""
         init_linear_weights(self, std=self.architecture.initializer_range, seed=seed)
         if self.parallel_draft_heads is not None:
             self.parallel_draft_heads.init_weights()
-
-    def set_draft_vocabulary(self, d2t: Tensor) -> None:
-        """Keep the mapping; a whole vocabulary, which can only map to itself, needs none."""
-        if self.has_reduced_vocabulary:
-            self.d2t.copy_(d2t)
 
     def facts(self) -> list[str]:
         """Which layers it reads, how many tokens it knows."""

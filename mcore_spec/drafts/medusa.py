@@ -42,17 +42,18 @@ class ResidualBlock(nn.Module):
 class MedusaHead(nn.Module):
     """Residual blocks and a head of its own."""
 
-    def __init__(self, num_layers: int, base: BaseArchitecture, *, place: Placement) -> None:
+    def __init__(self, num_layers: int, *, hidden_size: int, vocab_size: int, place: Placement) -> None:
         """Allocate this rank's shard.
 
         Args:
             num_layers: residual blocks.
-            base: the base model.
+            hidden_size: width of the base.
+            vocab_size: tokens that it can propose.
             place: group, dtype and device.
         """
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(base.hidden_size, place=place) for _ in range(num_layers))
-        self.lm_head = VocabularyHead(base.hidden_size, base.vocab_size, place=place)
+        self.blocks = nn.ModuleList(ResidualBlock(hidden_size, place=place) for _ in range(num_layers))
+        self.lm_head = VocabularyHead(hidden_size, vocab_size, place=place)
 
     def forward(self, z: Tensor) -> Tensor:
         """[s, b, h], inside the parallel region -> what the head reads, the same."""
@@ -78,8 +79,11 @@ class MedusaDraft(Draft):
         """
         super().__init__(tp=place.tp)
         self.config = config
+        hidden, vocab_size = base.hidden_size, config.draft_vocab_size or base.vocab_size
+        self.reserve_vocabulary(vocab_size, base_size=base.vocab_size, device=place.device)
         self.heads = nn.ModuleList(
-            MedusaHead(config.medusa_num_layers, base, place=place) for _ in range(config.medusa_num_heads)
+            MedusaHead(config.medusa_num_layers, hidden_size=hidden, vocab_size=vocab_size, place=place)
+            for _ in range(config.medusa_num_heads)
         )
 
     def medusa_heads(self) -> list[MedusaHead]:
@@ -90,10 +94,9 @@ class MedusaDraft(Draft):
         """One a head."""
         return [head.lm_head for head in self.medusa_heads()]
 
-    def head_token_ids(self) -> Tensor:
-        """The whole base vocabulary."""
-        head = self.own_heads()[0]
-        return torch.arange(head.vocab_size, device=head.weight.device)
+    def facts(self) -> list[str]:
+        """How many tokens it knows, where they are fewer than the base's."""
+        return [f"draft vocabulary {self.own_heads()[0].vocab_size:,}"] if self.has_reduced_vocabulary else []
 
     @torch.no_grad()
     def init_weights(self, *, seed: int) -> None:
@@ -111,7 +114,8 @@ class MedusaDraft(Draft):
                 itself and the bounds change nothing.
 
         Returns:
-            One a head, this rank's [s, b, padded vocabulary / size].
+            One a head, this rank's [s, b, padded vocabulary / size]; entry i is the base's token
+            `head_token_ids`[i].
         """
         states = self.states(features)
         return [head.lm_head(state) for head, state in zip(self.medusa_heads(), states, strict=True)]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from mcore_spec.drafts.draft import Draft
@@ -38,11 +37,6 @@ class StepwiseDraft(Draft):
         """The steps', and that of the parallel heads; both speak one vocabulary."""
         further = None if self.parallel_draft_heads is None else self.parallel_draft_heads.lm_head
         return [head for head in (self.step_head, further) if head is not None]
-
-    def head_token_ids(self) -> Tensor:
-        """Base token id of each row of the heads."""
-        head = self.own_heads()[0]
-        return torch.arange(head.vocab_size, device=head.weight.device)
 
     def facts(self) -> list[str]:
         """How many tokens a step proposes, where it is more than one."""

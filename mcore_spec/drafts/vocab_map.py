@@ -1,4 +1,4 @@
-"""The draft vocabulary: which of the base's tokens an EAGLE-3 draft can propose."""
+"""The draft vocabulary: which of the base's tokens a draft can propose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mcore_spec.data.torch_files import UnreadableFile, read_torch_file
-from mcore_spec.errors import ConfigError
+from mcore_spec.errors import ConfigError, UnsupportedError
 
 _REMEDY = "make it again for this base"
 
@@ -60,6 +60,49 @@ def check_draft_to_target(d2t: object, *, vocab_size: int, where: str) -> Tensor
             f"vocabulary of {vocab_size}; it was made for another base: {_REMEDY}"
         )
     return d2t
+
+
+def agree_on_size(given: int | None, d2t: Tensor | None) -> int | None:
+    """Entries of the draft vocabulary, from the configuration or from the mapping; ``None``: neither says it.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    size = given if d2t is None else int(d2t.shape[0])
+    if given not in (None, size):
+        raise ConfigError(f"draft_vocab_size = {given} but d2t has {size} entries; make the two agree")
+    return size
+
+
+def check_has_mapping(size: int, d2t: Tensor | None, *, vocab_size: int) -> None:
+    """Refuse a draft vocabulary of `size` entries of which nobody says what they are.
+
+    Raises:
+        ConfigError: it is not the base's of `vocab_size` entries, and there is no d2t.
+    """
+    if size != vocab_size and d2t is None:
+        raise ConfigError(
+            f"draft_vocab_size = {size} is not the base's vocabulary of {vocab_size}: give the mapping d2t "
+            "(--draft-vocab-cache), or an engine would propose the first ids"
+        )
+
+
+def check_is_filled(targets: Tensor, *, vocab_size: int) -> None:
+    """Refuse to export a mapping that was never set, or is damaged.
+
+    Args:
+        targets: base token id of each entry, int64 [draft vocabulary].
+        vocab_size: entries of the base's vocabulary.
+
+    Raises:
+        UnsupportedError: they do not ascend strictly, or are out of range.
+    """
+    in_range = bool((targets >= 0).all()) and bool((targets < vocab_size).all())
+    if not in_range or bool((targets.diff() <= 0).any()):
+        raise UnsupportedError(
+            f"the draft vocabulary of {targets.shape[0]} entries has no valid d2t: an engine would propose the "
+            "wrong ids; convert again with --draft-vocab-cache"
+        )
 
 
 def select_draft_vocabulary(counts: Tensor, *, size: int) -> Tensor:

@@ -261,8 +261,12 @@ class MedusaDrafter:
             )
         self.draft, self.topology, self.temperature = draft, topology, temperature
         self.share = RowShare(base.tp)
-        size = base.architecture.vocab_size
-        self.vocabulary = HeadVocabulary(size=size, vocab_size=size, target_ids=None, tp=base.tp)
+        self.vocabulary = HeadVocabulary(
+            size=heads[0].vocab_size,
+            vocab_size=base.architecture.vocab_size,
+            target_ids=draft.head_token_ids(),
+            tp=base.tp,
+        )
 
     def begin(self, *, num_sequences: int, capacity: int) -> None:
         """Nothing is kept."""

@@ -34,7 +34,8 @@ class MedusaObjective:
             recompute: compute the activations of each head's residual blocks again in backward.
         """
         self.config, self.base, self.draft, self.recompute = config, base, draft, recompute
-        self.vocabulary = relate_vocabularies(base, draft.own_heads(), None)
+        token_ids = draft.head_token_ids() if draft.has_reduced_vocabulary else None
+        self.vocabulary = relate_vocabularies(base, draft.own_heads(), token_ids)
 
     def __call__(self, batch: Batch, documents: Documents, features: Features) -> LossOutput:
         """Sums over this rank's rows."""

@@ -116,8 +116,7 @@ class StepwiseObjective:
         self.states = judged_states(config)
         self.num_judged = num_proposed(config)
         heads = [draft.step_head] if further is None else [draft.step_head, further.lm_head]
-        head, vocab_size = draft.step_head, base.architecture.vocab_size
-        token_ids = draft.head_token_ids() if head is not None and head.vocab_size < vocab_size else None
+        token_ids = draft.head_token_ids() if draft.has_reduced_vocabulary else None
         head_of_state = [] if further is None else [min(state.head, 1) for state in self.states]
         self.vocabulary = relate_vocabularies(base, heads, token_ids, head_of_state=head_of_state)
 

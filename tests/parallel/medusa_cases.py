@@ -36,7 +36,7 @@ from tests.parallel.trainer_cases import converted as model_of_run
 from tests.parallel.training_cases import FAVOURITE, checksum, documents, whole_gradients
 from tests.parity.export_cases import converted as converted_for_export
 from tests.parity.export_cases import import_base as import_for_export
-from tests.tiny import VOCAB_SIZE, drawn, fill, import_base
+from tests.tiny import VOCAB_SIZE, draft_to_target, drawn, fill, import_base
 
 DECAY = 0.7
 
@@ -50,6 +50,7 @@ class Case(NamedTuple):
         soft_labels: the base's distribution instead of the data's next token.
         cut: documents of each micro-batch, in order; shared out over the data-parallel ranks in turn.
         recompute: activations of the residual blocks.
+        has_d2t: a draft vocabulary.
         pad_to: rows of each document, as without packing.
     """
 
@@ -59,6 +60,18 @@ class Case(NamedTuple):
     cut: tuple[tuple[int, ...], ...] = ((0, 1, 2), (3, 4), (5,), (6,))
     recompute: bool = False
     pad_to: int | None = None
+    has_d2t: bool = False
+
+    @property
+    def draft_ids(self) -> list[int] | None:
+        """The tokens of the draft vocabulary."""
+        d2t = draft_to_target()
+        return (d2t + torch.arange(len(d2t))).tolist() if self.has_d2t else None
+
+    @property
+    def favourite(self) -> int:
+        """The favourite token's row of the heads."""
+        return FAVOURITE if self.draft_ids is None else self.draft_ids.index(FAVOURITE)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -76,32 +89,35 @@ CASES = {
     "one head": Case(num_heads=1, soft_labels=True),
     "five heads, one row, recompute": Case(num_heads=5, cut=((6, 5, 4, 3, 2, 1, 0), ()), recompute=True),
     "padded": Case(num_heads=2, soft_labels=True, cut=((0, 6), (1, 2), (3, 4), (5,)), pad_to=16),
+    "draft vocabulary, hard labels": Case(num_heads=2, has_d2t=True),
+    "draft vocabulary, soft labels": Case(num_heads=2, soft_labels=True, has_d2t=True),
 }
 
 
 def converted(directory: Path, layout: Layout, case: Case) -> GPTModel:
     """The tiny base with drawn heads; one token is likely for all, or heads that are not trained were never right."""
     model = import_base(directory, layout).model
-    convert(model, [("medusa", case.config)])
+    convert(model, [("medusa", case.config)], d2t=draft_to_target() if case.has_d2t else None)
     base = MegatronBase(model)
     if base.is_last_stage:
         draft = base.draft()
         assert isinstance(draft, MedusaDraft)
         fill(draft, base.tp)
         with torch.no_grad():
-            for weight in (base.head_weight(), *(head.weight for head in draft.own_heads())):
-                row = FAVOURITE - base.tp.rank * weight.shape[0]
+            heads = [(head.weight, case.favourite) for head in draft.own_heads()]
+            for weight, favourite in [(base.head_weight(), FAVOURITE), *heads]:
+                row = favourite - base.tp.rank * weight.shape[0]
                 if 0 <= row < weight.shape[0]:
                     weight[row] *= 8
     return model
 
 
-def drawn_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def drawn_weights(shapes: dict[str, tuple[int, ...]], case: Case) -> dict[str, Tensor]:
     """The same heads, whole."""
     weights = {name: drawn(name, shape) for name, shape in shapes.items()}
     for name, weight in weights.items():
         if name.endswith("lm_head.weight"):
-            weight[FAVOURITE] *= 8
+            weight[case.favourite] *= 8
     return {name: weight.requires_grad_() for name, weight in weights.items()}
 
 

@@ -46,6 +46,7 @@ DRAFTS: dict[str, tuple[str, Any, Any]] = {
     "eagle1": ("llama", _eagle(use_input_layernorm_in_first_layer=False), None),
     "eagle-mtp": ("qwen3", _eagle(use_mtp_layernorm=True, use_last_layernorm=True), None),
     "medusa": ("llama", [("medusa", {"medusa_num_heads": 3})], None),
+    "medusa, reduced vocabulary": ("llama", [("medusa", {"medusa_num_heads": 3})], D2T),
     "eagle3, reduced vocabulary, three tokens a step": (
         "llama",
         _eagle(**EAGLE3, parallel_draft_step=3, parallel_draft_heads_num_layers=2),
@@ -143,7 +144,9 @@ def test_tokens_and_passes_are_those_of_an_engine_without_a_cache(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["eagle3, reduced vocabulary", "eagle3, everything", "eagle-mtp", "medusa"])
+@pytest.mark.parametrize(
+    "name", ["eagle3, reduced vocabulary", "eagle3, everything", "eagle-mtp", "medusa, reduced vocabulary"]
+)
 def test_every_layout_decodes_alike(name: str, layout: str, rank_pool: RankPool, directories: Directories) -> None:
     case = directories.case(name)
     (expected,) = rank_pool.run(f"{CASES}:decode", world_size=1, case=case)
@@ -240,7 +243,7 @@ def base_distribution(base: engine.Base, prompt: tuple[int, ...], num: int, temp
     return found
 
 
-@pytest.mark.parametrize("name", ["eagle3, reduced vocabulary", "medusa"])
+@pytest.mark.parametrize("name", ["eagle3, reduced vocabulary", "medusa, reduced vocabulary"])
 def test_drawn_answers_have_the_distribution_of_the_base(
     name: str, rank_pool: RankPool, directories: Directories
 ) -> None:

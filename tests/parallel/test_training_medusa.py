@@ -34,8 +34,8 @@ class Expected:
 
     def __init__(self, name: str, inputs: dict[str, Any]) -> None:
         case = CASES[name]
-        self.num_heads = case.num_heads
-        self.weights = drawn_weights(inputs["shapes"][name])
+        self.num_heads, self.knows_all = case.num_heads, case.draft_ids is None
+        self.weights = drawn_weights(inputs["shapes"][name], case)
         every = [
             Document(document.token_ids.tolist(), document.mask.tolist(), last)
             for document, last in zip(documents(), inputs["states"], strict=True)
@@ -48,6 +48,7 @@ class Expected:
             num_layers=case.num_layers,
             decay=DECAY,
             soft_labels=case.soft_labels,
+            draft_ids=case.draft_ids,
         )
         self.objective.loss.backward()
 
@@ -73,9 +74,10 @@ def test_gradients_equal_the_reference(
 def _check(where: str, found: dict[str, Any], wanted: Expected) -> None:
     objective, heads, sums = wanted.objective, wanted.num_heads, found["totals"]
     assert sums[heads : 2 * heads].tolist() == objective.rows, where
-    assert sums[2 * heads : 3 * heads].tolist() == objective.rows, where
+    assert sums[2 * heads : 3 * heads].tolist() == objective.judged, where
     assert sums[3 * heads : 4 * heads].tolist() == objective.correct, where
     assert sums[4 * heads + 1] == objective.accepted, where
-    assert 0 < sum(objective.correct) < sum(objective.rows), f"{where}: some are right, some wrong"
+    assert 0 < sum(objective.correct) < sum(objective.judged), f"{where}: some are right, some wrong"
+    assert (objective.rows == objective.judged) is wanted.knows_all, f"{where}: some tokens it does not know"
     torch.testing.assert_close(sums[4 * heads] / sums[2 * heads], objective.loss.detach(), rtol=TOLERANCE, atol=0)
     check_gradients(where, found["gradients"], wanted.weights)

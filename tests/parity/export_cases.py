@@ -15,7 +15,7 @@ from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.checkpoint.store import make_record
 from mcore_spec.config import BaseIdentity
 from mcore_spec.conversion import convert
-from mcore_spec.drafts.draft import Draft, draft_to_target
+from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.eagle3 import Eagle3Draft
 from mcore_spec.drafts.medusa import MedusaDraft
 from mcore_spec.errors import McoreSpecError
@@ -92,7 +92,7 @@ def module_outputs(model: BaseGPTModel, token_ids: Tensor) -> dict[str, Any] | N
         return None
     if isinstance(draft, MedusaDraft):
         logits = [whole_logits(base, each, draft.heads[0].lm_head.vocab_size) for each in draft(features.last)]
-        chain = torch.stack([each[-1].argmax(-1) for each in logits[:CHAIN]])
+        chain = torch.stack([draft.head_token_ids()[each[-1].argmax(-1)] for each in logits[:CHAIN]])
         return {"logits": logits, "chain": chain}
     assert draft is not None
     read = features.aux if draft.reads == "aux" else features.last
@@ -108,7 +108,7 @@ def module_outputs(model: BaseGPTModel, token_ids: Tensor) -> dict[str, Any] | N
     for step in range(CHAIN):
         ids = step_logits(drafted, step + 1)[step][-1].argmax(-1)
         if isinstance(draft, Eagle3Draft) and draft.has_reduced_vocabulary:
-            ids = draft_to_target(draft)[ids]
+            ids = draft.head_token_ids()[ids]
         drafted[:, num_rows + 1 + step] = ids
     return {"logits": step_logits(token_ids, CHAIN), "chain": drafted[:, num_rows + 1 :].T}
 

@@ -120,6 +120,12 @@ CASE_TABLE: dict[str, Case] = {
         {"qkv_bias": True, "base_family": "qwen2", "reads_before_final_norm": True},
     ),
     "medusa": Case("llama3", [("medusa", {"medusa_num_heads": 3, "medusa_num_layers": 2})]),
+    "medusa-reduced": Case(
+        "llama3",
+        [("medusa", {"medusa_num_heads": 3, "medusa_num_layers": 2})],
+        {"draft_vocab_size": len(TARGETS)},
+        is_reduced=True,
+    ),
     "medusa-tied": Case("yarn_tied", [("medusa", {"medusa_num_heads": 4})], {"num_heads": 4, "num_hidden_layers": 1}),
 }
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mcore_spec.parallel.layout import Layout
 from tests.pool import RankPool
-from tests.tiny import VOCAB_SIZE, write_hf_model
+from tests.tiny import DRAFT_VOCAB_SIZE, VOCAB_SIZE, draft_to_target, write_hf_model
 
 RANKS = "tests.parallel.medusa_cases"
 HIDDEN = 16
@@ -123,6 +123,11 @@ def test_a_reader_computes_what_the_module_does(
     ("mode", "export_format", "parts"),
     [
         (
+            [("medusa", {"draft_vocab_size": DRAFT_VOCAB_SIZE})],
+            "tensorrt-llm",
+            ("draft_vocab_size = 37", "know no draft vocabulary", "choose hf, or convert without one"),
+        ),
+        (
             [("medusa", {"medusa_num_layers": 2})],
             "fasterdecoding",
             ("medusa_num_layers = 2", "runs it that many times", "choose hf or tensorrt-llm"),
@@ -150,7 +155,7 @@ def test_what_would_not_serve_is_refused(
         directory=tmp_path / "export",
         layout=Layout(),
         mode=mode,
-        d2t=None,
+        d2t=draft_to_target() if "draft_vocab_size" in str(mode) else None,
         damage="none",
         export_format=export_format,
     )

@@ -347,16 +347,17 @@ class Medusa:
 
     def __init__(self, config: dict[str, Any], tensors: Weights, base: Base) -> None:
         self.num_heads, self.num_layers = config["num_heads"], config["num_hidden_layers"]
-        hidden = config["hidden_size"]
-        expected: dict[str, tuple[int, ...]] = {}
+        hidden, size = config["hidden_size"], config.get("draft_vocab_size", config["vocab_size"])
+        expected: dict[str, tuple[int, ...]] = {} if size == config["vocab_size"] else {"d2t": (size,)}
         for head in range(self.num_heads):
-            expected[f"lm_heads.{head}.weight"] = (config["vocab_size"], hidden)
+            expected[f"lm_heads.{head}.weight"] = (size, hidden)
             for block in range(self.num_layers):
                 expected[f"blocks.{head}.layers.{block}.weight"] = (hidden, hidden)
                 if config["medusa_fc_bias"]:
                     expected[f"blocks.{head}.layers.{block}.bias"] = (hidden,)
         check_tensors(tensors, expected)
         self.weights = tensors
+        self.target_ids = torch.arange(size) + tensors.get("d2t", 0)
 
     def features(self, base: Base, token_ids: Tensor) -> Tensor:
         return base.hidden_states(token_ids)[1]
@@ -372,7 +373,7 @@ class Medusa:
 
     def propose(self, base: Base, features: Tensor, token_ids: Tensor, num_tokens: int) -> list[Proposal]:
         logits = self.logits(features[-1:], [])[:num_tokens]
-        return [Proposal(each[0], each[0].argmax(-1)) for each in logits]
+        return [Proposal(each[0], self.target_ids[each[0].argmax(-1)]) for each in logits]
 
 
 class _Step(Protocol):

@@ -21,10 +21,11 @@ class Document(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """Sums over every row of every document, by head; `loss` is divided by the rows that count at head 0."""
+    """Sums over every row of every document, by head; `loss` is divided by the rows judged at head 0."""
 
     loss: Tensor
     rows: list[int]
+    judged: list[int]
     correct: list[int]
     accepted: int
 
@@ -38,10 +39,16 @@ def medusa_objective(
     num_layers: int,
     decay: float,
     soft_labels: bool,
+    draft_ids: list[int] | None = None,
 ) -> Objective:
-    """Loss and statistics of one optimizer step; head i of row t predicts token x[t+2+i]."""
+    """Loss and statistics of one optimizer step; head i of row t predicts token x[t+2+i].
+
+    `draft_ids` are the tokens that the heads' rows stand for. A row gives no loss if what it is to learn, the token of
+    the data or the base's likeliest, is not among them; it is judged all the same.
+    """
+    known = list(range(head.shape[0])) if draft_ids is None else draft_ids
     total: Tensor = head.new_zeros(())
-    rows, correct, accepted = [0] * num_heads, [0] * num_heads, 0
+    rows, judged, correct, accepted = [0] * num_heads, [0] * num_heads, [0] * num_heads, 0
     for document in documents:
         tokens, mask, length = document.token_ids, document.mask, len(document.token_ids)
         logits = medusa(weights, document.last[:, None], num_heads, num_layers)
@@ -53,12 +60,16 @@ def medusa_objective(
                     is_alive = False
                     continue
                 teacher, student = F.linear(document.last[t + 1 + i], head), logits[i][t, 0]
-                is_correct = int(student.argmax()) == int(teacher.argmax())
+                best = int(teacher.argmax())
+                is_correct = known[int(student.argmax())] == best
                 is_alive = is_alive and is_correct
-                rows[i] += 1
+                judged[i] += 1
                 correct[i] += int(is_correct)
                 accepted += int(is_alive)
+                if (best if soft_labels else tokens[target]) not in known:
+                    continue
+                rows[i] += 1
                 log_q = student.log_softmax(0)
-                row_loss = -(teacher.softmax(0) * log_q).sum() if soft_labels else -log_q[tokens[target]]
-                total = total + decay**i * row_loss
-    return Objective(total / max(rows[0], 1), rows, correct, accepted)
+                soft = -(teacher[known].softmax(0) * log_q).sum()
+                total = total + decay**i * (soft if soft_labels else -log_q[known.index(tokens[target])])
+    return Objective(total / max(judged[0], 1), rows, judged, correct, accepted)

@@ -245,7 +245,7 @@ REFUSED = {
     "d2t is missing": (
         architecture(draft_vocab_size=37),
         ConfigError,
-        "draft_vocab_size = 37 is smaller than the base's vocabulary of 103: give the mapping d2t",
+        "draft_vocab_size = 37 is not the base's vocabulary of 103: give the mapping d2t",
     ),
     "reduced vocabulary of EAGLE-1": (
         architecture(use_input_layernorm_in_first_layer=False, draft_vocab_size=37),
@@ -321,7 +321,11 @@ D2T_REFUSED = {
         "draft_vocab_size = 36 but d2t has 37 entries; make the two agree",
     ),
     "more entries than the base": ("eagle", draft_to_target(104, vocab_size=200), "104 entries, more than"),
-    "for Medusa": ("medusa", draft_to_target(), "d2t is given, but the draft of a MedusaConfig speaks the base's"),
+    "for Medusa, of another size": (
+        [("medusa", {"draft_vocab_size": 36})],
+        draft_to_target(),
+        "draft_vocab_size = 36 but d2t has 37 entries; make the two agree",
+    ),
     "for EAGLE-1": (EAGLE1_DEFAULT_CFG, draft_to_target(), "with eagle1, whose head is the base's"),
     "of floats": ("eagle", draft_to_target().double(), "holds torch.float64 (37,); it must hold an int64 vector"),
     "not a vector": ("eagle", draft_to_target()[None], "holds torch.int64 (1, 37)"),
