@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mcore_spec.bases.features import Features
 from mcore_spec.data.batch import make_batch
+from mcore_spec.data.document import Document
 from mcore_spec.data.hidden_states import DocumentStates, StatesWriter
 from mcore_spec.data.hidden_states.plan import ExtractionPlan
 from mcore_spec.data.hidden_states.writer import begin_store, finish_store, written_shards
@@ -125,7 +126,8 @@ def extract_states(
             if is_stopped():
                 break
             own = documents[share.rank]
-            states = list(_states(base, plan, own, share)) if own else []
+            given = [plan.documents.document(number) for number in own]
+            states = list(document_states(base, given, aux_layer_ids=plan.aux_layer_ids, share=share)) if own else []
             # On every rank: one that failed alone would leave the others in the next forward pass.
             run_on_every_rank(partial(_append, writer, own, states))
             num_new = sum(map(len, documents))
@@ -165,11 +167,20 @@ def _begin(plan: ExtractionPlan, directory: Path, backend: str, rows_at_once: in
     return _Rounds(len(done), [samples[start : start + num_copies] for start in range(0, len(samples), num_copies)])
 
 
-def _states(
-    base: RunningBase, plan: ExtractionPlan, numbers: Sequence[int], share: DataShare
+def document_states(
+    base: RunningBase, given: Sequence[Document], *, aux_layer_ids: Sequence[int], share: DataShare
 ) -> Iterator[DocumentStates]:
-    """Of the conversations of one forward pass; of none on earlier stages."""
-    given = [plan.documents.document(number) for number in numbers]
+    """Run the base once; every rank of its copy must call.
+
+    Args:
+        base: this rank's part.
+        given: at least one; they see each other as little as in training.
+        aux_layer_ids: 0-based, by output, ascending.
+        share: of this rank's copy.
+
+    Yields:
+        Of each document on the last stage; nothing on earlier ones.
+    """
     batch = make_batch(
         given,
         num_steps=1,
@@ -179,14 +190,14 @@ def _states(
     )
     documents = Documents(batch.bounds, lengths=batch.lengths, group=share.context_group)
     token_ids = batch.token_ids.to(share.device)
-    features = base.features(token_ids[None], aux_layer_ids=plan.aux_layer_ids, documents=documents)
+    features = base.features(token_ids[None], aux_layer_ids=aux_layer_ids, documents=documents)
     if features is None:
         return
     last = whole_rows(features.last, documents, base.tp)
     aux = last.new_zeros(last.shape[0], 0)
     if features.aux is not None:
         aux = whole_rows(features.aux, documents, base.tp)
-    aux = aux.unflatten(1, (len(plan.aux_layer_ids), plan.architecture.hidden_size))
+    aux = aux.unflatten(1, (len(aux_layer_ids), last.shape[1]))
     for (_, mask), start, length in zip(given, batch.bounds, batch.lengths, strict=False):
         rows = slice(start, start + length)
         yield DocumentStates(batch.token_ids[rows], torch.from_numpy(mask), aux[rows], last[rows])

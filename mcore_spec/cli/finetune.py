@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mcore_spec.bases.feature_sources import LiveFeatures, StoredFeatures
 from mcore_spec.bases.megatron_build import check_layout
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.checkpoint.store import TRACKER, Checkpoint, check_save_directory, find_checkpoint, load_checkpoint
 from mcore_spec.cli.base_limits import check_seq_length
-from mcore_spec.cli.conversations import choose_tokenizer, read_conversations
 from mcore_spec.cli.convert import layout_of
 from mcore_spec.cli.dry_run import Rehearsal, build_stages, say_weights
 from mcore_spec.cli.plan import describe_run, machine_of
+from mcore_spec.cli.streaming import Streams, serve
 from mcore_spec.cli.terminal import say
 from mcore_spec.cli.training_arguments import FinetuneArguments
+from mcore_spec.cli.training_data import find_data
 from mcore_spec.config import EagleConfig
 from mcore_spec.conversion import find_algorithm
-from mcore_spec.data.document import ConversationSource
 from mcore_spec.data.hidden_states import StatesStore
-from mcore_spec.data.hidden_states.fit import check_tokenizer_of, open_states
+from mcore_spec.data.hidden_states.streamed import Notices, notices_to_extraction
 from mcore_spec.data.sources import open_source
 from mcore_spec.errors import CheckpointError, ConfigError, UnsupportedError
 from mcore_spec.evaluation.prompts import TokenizerPrompts
@@ -37,6 +35,7 @@ from mcore_spec.parallel.layout import (
     run_on_every_rank,
     run_on_rank_zero,
 )
+from mcore_spec.parallel.sides import split_ranks
 from mcore_spec.planning.activations import TrainingSetup
 from mcore_spec.planning.layout import PlannedLayout
 from mcore_spec.planning.report import describe_model
@@ -45,7 +44,7 @@ from mcore_spec.training.data import Conversations
 from mcore_spec.training.linear_start import check_linear_start, num_default_rows
 from mcore_spec.training.log import Entry, Logger, brief, check_loggers, draw_curves, open_loggers, say_above_bar
 from mcore_spec.training.signals import StoppedEarly
-from mcore_spec.training.step import MakeFeatures, check_trainable
+from mcore_spec.training.step import check_trainable
 from mcore_spec.training.trainer import Progress, Trainer
 
 _TRAIN_DTYPE = {False: "float32", True: "bfloat16"}
@@ -69,16 +68,32 @@ def run(arguments: FinetuneArguments) -> None:
     if arguments.dry_run:
         _rehearse(arguments, layout)
         return
+    if arguments.extract_ranks is None:
+        _train(arguments, layout, None)
+        return
+    with split_ranks(layout, num_extract=arguments.extract_ranks) as bridge:
+        if bridge.is_training:
+            with notices_to_extraction(bridge) as notices:
+                _train(arguments, layout, notices)
+        else:
+            serve(arguments, bridge, dtype=_TRAIN_DTYPE[arguments.bf16])
+
+
+def _train(arguments: FinetuneArguments, layout: Layout, notices: Notices | None) -> None:
+    """A rank that trains; with `notices` the base runs on others, which these reach."""
     with parallel_runtime(layout, seed=arguments.seed):
         checkpoint, is_resumed = run_on_rank_zero(lambda: _find_start(arguments))
         task = check_trainable(checkpoint.record)
         check_linear_start(task, num_batches=arguments.fit_start)
         check_layout(checkpoint.record.base, layout)
         global_batch_size = _global_batch_size(arguments, num_data=num_data_ranks(layout))
-        store, make_features = _find_data(arguments, checkpoint, task)
+        data = find_data(arguments, checkpoint, task)
+        store = data.source
         if isinstance(store, StatesStore):
             arguments = arguments.model_copy(update={"seq_length": store.description.seq_length})
-        conversations = Conversations(store, arguments, global_batch_size=global_batch_size)
+        streams = None if notices is None else Streams(notices, depth=arguments.stream_depth)
+        read_states = data.read_states if streams is None else streams.open_reader
+        conversations = Conversations(store, arguments, global_batch_size=global_batch_size, read_states=read_states)
         begun = 0 if not is_resumed else checkpoint.iteration
         if begun >= conversations.num_iterations:
             say(f"{checkpoint.path} is the end of the run: {conversations.num_iterations} iterations; nothing to do")
@@ -98,7 +113,7 @@ def run(arguments: FinetuneArguments) -> None:
                 tokenizer_files=sorted(checkpoint.tokenizer_path.glob("*")),
                 end_ids=_end_ids(arguments, checkpoint),
                 resume_from=checkpoint if is_resumed else None,
-                make_features=make_features,
+                make_features=data.make_features,
             )
         except StoppedEarly:
             say("stopped before the first step: nothing was saved; give the same command to begin")
@@ -108,58 +123,6 @@ def run(arguments: FinetuneArguments) -> None:
         say(f"{'resumed' if is_resumed else 'loaded'} {checkpoint.path}; {_describe_run(conversations, trainer)}")
         progress = trainer.run(loggers)
         _say_end(arguments, progress, conversations.num_iterations, trainer)
-
-
-class Data(NamedTuple):
-    """What a run learns from.
-
-    Attributes:
-        source: the conversations.
-        make_features: see `DraftStep`.
-    """
-
-    source: ConversationSource
-    make_features: MakeFeatures
-
-
-def _find_data(arguments: FinetuneArguments, checkpoint: Checkpoint, task: Task) -> Data:
-    """Conversations for a base that runs, or the store of its hidden states."""
-    if arguments.offline_distillation_data is None or arguments.eval_acceptance_interval is not None:
-        what = "--data-path" if arguments.offline_distillation_data is None else "--eval-acceptance-interval"
-        remedy = "give --offline-distillation-data; measure with validate --base HF_DIRECTORY --draft EXPORT"
-        checkpoint.record.check_has_layers(what, remedy=remedy)
-    if arguments.offline_distillation_data is None:
-        tokenizer = choose_tokenizer(checkpoint, arguments.tokenizer_model)
-        cache_dir = Path(arguments.save) / "data_cache"
-        source = read_conversations(arguments, checkpoint.record.base, tokenizer, cache_dir=cache_dir)
-        return Data(source, LiveFeatures)
-    path = Path(arguments.offline_distillation_data)
-    name = "offline_distillation_data"
-    if task.trains_base:
-        raise ConfigError(
-            f"{name} = {path}: the states of a base that changes cannot be stored, and this draft's configuration has "
-            "eagle_freeze_base_model = false; train on --data-path"
-        )
-    checkpoint.record.check_not_quantized(
-        f"{name} = {path} has hidden states of a base that is not", remedy="train on --data-path"
-    )
-    base, identity = checkpoint.record.base, checkpoint.record.identity
-    store = run_on_every_rank(lambda: open_states(path, base, identity, aux_layer_ids=task.aux_layer_ids, name=name))
-    about = store.description
-    if "seq_length" in arguments.model_fields_set and arguments.seq_length != about.seq_length:
-        raise ConfigError(
-            f"--seq-length {arguments.seq_length}, but {path} was extracted with {about.seq_length}; give that, or "
-            "leave the flag out"
-        )
-    own = checkpoint.tokenizer_path if any(checkpoint.tokenizer_path.glob("*")) else None
-    compared = arguments.tokenizer_model or own
-    if compared is not None:
-        run_on_rank_zero(lambda: check_tokenizer_of(store, compared, name=name))
-    say(
-        f"hidden states: {len(store):,} conversations, {int(store.lengths.sum()):,} tokens, {store.num_bytes:,} bytes; "
-        f"by {about.backend} in {about.dtype}, aux layers {', '.join(map(str, about.aux_layer_ids)) or 'none'}"
-    )
-    return Data(store, partial(StoredFeatures, last_is_normed=about.last_is_normed))
 
 
 def _with_fit_start(
@@ -261,7 +224,12 @@ def _find_start(arguments: FinetuneArguments) -> Start:
             "another directory"
         )
     _check_quantization(arguments, given.record, start.record)
-    base = start.record.base.model_copy(update={"dtype": dtype})
+    changes: dict[str, Any] = {"dtype": dtype}
+    if arguments.extract_ranks is not None:
+        # Whoever runs the base loads it from there, also when a run is resumed, which is saved without layers.
+        given.record.check_has_layers("--extract-ranks", remedy="give the checkpoint of the whole base as --load")
+        changes["has_layers"] = False
+    base = start.record.base.model_copy(update=changes)
     record = start.record.model_copy(update={"base": base})
     return Start(start._replace(record=record), is_resumed)
 

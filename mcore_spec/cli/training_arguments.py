@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from mcore_spec.cli.arguments import DryRunArguments, ParallelArguments
 from mcore_spec.config import DataConfig, TrainingConfig
@@ -20,6 +22,33 @@ class FinetuneArguments(ParallelArguments, TrainingConfig, DryRunArguments):
         None, description="Directory or hub id of the tokenizer. Default: the one in --load."
     )
     context_parallel_size: int = Field(1, ge=1, description="Ranks that share the rows of each sequence.")
+    extract_ranks: int | None = Field(
+        None,
+        ge=1,
+        description="The last so many ranks run the base alone, a whole one each, and send its hidden states to the "
+        "others, which train without its layers. Default: the base runs beside the draft.",
+    )
+    stream_depth: int = Field(
+        4, ge=1, description="Micro-batches that a training rank asks extraction ranks for ahead (--extract-ranks)."
+    )
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> Self:
+        if self.extract_ranks is None:
+            if "stream_depth" in self.model_fields_set:
+                raise ValueError("--stream-depth has no effect without --extract-ranks: give it, or drop the other")
+            return self
+        where = f"--extract-ranks {self.extract_ranks}"
+        if self.offline_distillation_data is not None:
+            raise ValueError(f"{where} and --offline-distillation-data: states are read or streamed, drop one of them")
+        if self.dry_run:
+            raise ValueError(f"{where} with --dry-run, which plans a run whose base runs beside the draft: drop one")
+        if self.eval_acceptance_interval is not None:
+            raise ValueError(
+                f"{where} with --eval-acceptance-interval, which runs the base where it trains: drop it, and measure "
+                "with validate --base HF_DIRECTORY --draft EXPORT"
+            )
+        return self
 
 
 class DraftVocabArguments(DataConfig):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -110,7 +110,7 @@ def process_group(*, timeout_s: int) -> Iterator[None]:
     """
     starts_group = not dist.is_initialized()
     if starts_group:
-        _init_process_group(timedelta(seconds=timeout_s))
+        init_process_group(timedelta(seconds=timeout_s))
     try:
         yield
     finally:
@@ -118,15 +118,32 @@ def process_group(*, timeout_s: int) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _init_process_group(timeout: timedelta) -> None:
+class Membership(NamedTuple):
+    """One process of a group that is not all of the launcher's.
+
+    Attributes:
+        store: where the group meets.
+        rank: of this process in it.
+        size: of the group.
+    """
+
+    store: dist.Store
+    rank: int
+    size: int
+
+
+def init_process_group(timeout: timedelta, member: Membership | None = None) -> None:
+    """The default group: of the launcher's ranks, unless a membership says otherwise; of one without a launcher."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    if "RANK" in os.environ:
+    if member is None and "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
-    else:
-        # One process without a launcher needs no address to meet at.
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+        return
+    # One process without a launcher needs no address to meet at.
+    alone = Membership(dist.HashStore(), 0, 1)
+    store, rank, size = alone if member is None else member
+    dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=timeout)
 
 
 def tensor_parallel(layout: Layout) -> TensorParallel:

@@ -3,37 +3,50 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from megatron.core.models.gpt import GPTModel
 
 from mcore_spec.config import TrainingConfig
 from mcore_spec.data.batch import DataParallelBatches
 from mcore_spec.data.document import ConversationSource, Document
-from mcore_spec.data.hidden_states import StatesStore
-from mcore_spec.data.hidden_states.batches import StoredBatches
+from mcore_spec.data.hidden_states.batches import StatesReader, StoredBatches
 from mcore_spec.data.packing import SampleStream, Split, split_documents
 from mcore_spec.errors import ConfigError
 from mcore_spec.training.step import DraftStep
 from mcore_spec.training.trainer import TrainingData
 
+# From this rank's part of the model and its step.
+ReadStates: TypeAlias = Callable[[GPTModel, DraftStep], StatesReader]
+
 
 class Conversations:
     """The tokenised conversations of a run, shared out to training and validation."""
 
-    def __init__(self, store: ConversationSource, config: TrainingConfig, *, global_batch_size: int) -> None:
+    def __init__(
+        self,
+        store: ConversationSource,
+        config: TrainingConfig,
+        *,
+        global_batch_size: int,
+        read_states: ReadStates | None = None,
+    ) -> None:
         """Share the documents out.
 
         Args:
             store: all of them.
             config: of the run.
             global_batch_size: samples in an optimizer step.
+            read_states: where the base does not run here, what reads its hidden states; called once for the batches of
+                training and once for those of the validation, in this order.
 
         Raises:
             ConfigError: too few documents for the split, or for one step.
         """
         self.store, self.config, self.global_batch_size = store, config, global_batch_size
+        self.read_states = read_states
         self.split: Split = split_documents(len(store), weights=config.split_weights, seed=config.seed)
         self.num_iterations = self._num_iterations()
 
@@ -100,7 +113,7 @@ class Conversations:
             mixing_seed=config.seed if step.task.mixes_hidden_states else None,
             noise_seed=config.seed if step.task.draws_noise else None,
         )
-        stored = [self._with_states(each, step) for each in (train, valid)]
+        stored = [self._with_states(each, model, step) for each in (train, valid)]
         return TrainingData(
             train=stored[0] or train,
             valid=stored[1] or valid,
@@ -110,11 +123,13 @@ class Conversations:
             waited_s=None if stored[0] is None else partial(_waited_s, stored[0]),
         )
 
-    def _with_states(self, batches: DataParallelBatches | None, step: DraftStep) -> StoredBatches | None:
-        """Batches that are read with the base's hidden states, where those are stored and this rank needs them."""
-        if batches is None or not isinstance(self.store, StatesStore) or not step.base.is_last_stage:
+    def _with_states(
+        self, batches: DataParallelBatches | None, model: GPTModel, step: DraftStep
+    ) -> StoredBatches | None:
+        """Batches that come with the base's hidden states, where it does not run here and this rank needs them."""
+        if batches is None or self.read_states is None or not step.base.is_last_stage:
             return None
-        return StoredBatches(batches, self.store, aux_layer_ids=step.task.aux_layer_ids)
+        return StoredBatches(batches, self.read_states(model, step))
 
     def _questions(self) -> list[Document]:
         """The first validation conversations, where acceptance is measured on them."""

@@ -7,9 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mcore_spec.checkpoint.store import TRACKER, find_checkpoint
 from tests.e2e.conftest import Run, attach_draft, check_refused, conversation, subprocess_environment, tree
+from tests.e2e.interrupted import Length, check_interrupted, log_of, train_whole
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -32,11 +32,6 @@ def words(converted: Path, data: Path, save: Path, *more: object) -> list[object
     options = ["--seq-length", 64, "--global-batch-size", 2, "--log-interval", 1, "--split", "5,1,0"]
     options += ["--lr", 1e-3, "--lr-scaling", "none"]
     return ["--load", converted, "--save", save, "--data-path", data, *options, *more]
-
-
-def log_of(save: Path) -> list[dict[str, Any]]:
-    entries = [json.loads(line) for line in (save / "train_log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in entries]
 
 
 def test_from_conversations_to_an_exported_draft(
@@ -146,52 +141,21 @@ def test_a_draft_vocabulary_is_counted_and_trained(run: Run, base: Path, data: P
     check_refused(refused, "--draft-vocab-size 60000", "49152")
 
 
-INTERRUPTED = ("--train-iters", 60, "--save-interval", 5)
-
-
-def start(*command: object) -> subprocess.Popen[bytes]:
-    """The script in a process of its own, with the threads that every such process has: sums depend on them."""
-    line = [sys.executable, "examples/finetune.py", *map(str, command)]
-    return subprocess.Popen(
-        line, cwd=REPOSITORY, env=subprocess_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+LENGTH = Length(iterations=60, save_interval=5)
 
 
 @pytest.fixture(scope="module")
 def never_stopped(data: Path, converted: Path) -> Path:
     """A run from its beginning to its end."""
-    save = converted.parent / "never_stopped"
-    process = start(*words(converted, data, save, *INTERRUPTED))
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out
-    return save
+    return train_whole(partial(words, converted, data), LENGTH, converted.parent / "never_stopped")
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_bit_for_bit(
     how: signal.Signals, run: Run, data: Path, converted: Path, never_stopped: Path, tmp_path: Path
 ) -> None:
-    parts = tmp_path / "parts"
-    process = start(*words(converted, data, parts, *INTERRUPTED))
-    log = parts / "train_log.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 7):
-        time.sleep(0.01)
-    process.send_signal(how)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == (-signal.SIGKILL if how is signal.SIGKILL else 0), out
-    stopped = find_checkpoint(parts).iteration
-    assert 5 <= stopped < 60
-    if how is signal.SIGKILL:
-        assert stopped % 5 == 0
-    process = start(*words(converted, data, parts, *INTERRUPTED))
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out
-    assert b"resumed" in out
-    assert log_of(parts) == log_of(never_stopped)
-    for name, save in (("a", never_stopped), ("b", parts)):
-        assert run("export", "--load", save, "--export-dir", tmp_path / name, "--export-extra-modules").code == 0
-    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    command = partial(words, converted, data)
+    check_interrupted(run, how, command, LENGTH, whole=never_stopped, parts=tmp_path / "parts", num_entries=7)
 
 
 def _bad_line(text: str, directory: Path) -> Path:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mcore_spec.checkpoint.store import TRACKER, find_checkpoint
+from mcore_spec.checkpoint.store import find_checkpoint
 from mcore_spec.data.hidden_states import StatesStore
 from tests.e2e.conftest import (
     CHAT_VOCAB_SIZE,
@@ -29,10 +29,12 @@ from tests.e2e.conftest import (
     tree,
 )
 from tests.e2e.disk import PAGE, mounted_disk
+from tests.e2e.interrupted import Length, check_interrupted, log_of, train_whole
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).resolve().parents[2]
 SEQ_LENGTH = 128
+OPTIONS = ("--global-batch-size", 2, "--log-interval", 1, "--split", "5,1,0", "--lr", 1e-3)
 # float32 on both sides, with documents in other rows of a matrix product.
 TOLERANCE = 1e-4
 
@@ -60,14 +62,7 @@ def extraction(load: Path, data: Path, output: Path, *more: object) -> list[str]
 
 
 def training(load: Path, save: Path, *more: object) -> list[object]:
-    options = ["--global-batch-size", 2, "--log-interval", 1, "--split", "5,1,0", "--lr", 1e-3]
-    return ["--load", load, "--save", save, "--train-iters", 4, *options, *more]
-
-
-def log_of(save: Path) -> list[dict[str, Any]]:
-    entries = [json.loads(line) for line in (save / "train_log.jsonl").read_text().splitlines()]
-    dropped = ("tokens_per_second", "data_wait")
-    return [{key: value for key, value in entry.items() if key not in dropped} for entry in entries]
+    return ["--load", load, "--save", save, "--train-iters", 4, *OPTIONS, *more]
 
 
 def check_same_log(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -135,20 +130,16 @@ def test_a_checkpoint_with_layers_is_kept_without_them(run: Run, base: Path, sta
     assert done.code == 0, done.err
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(run: Run, converted: Path, states: Path, tmp_path: Path) -> None:
-    words = ("--offline-distillation-data", states, "--save-interval", 2)
-    assert run("finetune", *training(converted, tmp_path / "whole", *words)).code == 0
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    shutil.rmtree(tmp_path / "parts" / "iter_0000004")
-    (tmp_path / "parts" / TRACKER).write_text("2")
-    done = run("finetune", *training(converted, tmp_path / "parts", *words))
-    assert "resumed" in done.out, done.err
-    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
-    for name in ("whole", "parts"):
-        draft = ("--export-dir", tmp_path / f"draft_{name}", "--export-extra-modules")
-        assert run("export", "--load", tmp_path / name, *draft).code == 0
-    one, two = (tmp_path / f"draft_{name}" / "model.safetensors" for name in ("whole", "parts"))
-    assert one.read_bytes() == two.read_bytes()
+def test_a_killed_run_goes_on_bit_for_bit(run: Run, converted: Path, states: Path, tmp_path: Path) -> None:
+    """In a checkpoint, between two, in the middle of what is read ahead: wherever it happens to be."""
+
+    def words(save: Path) -> list[object]:
+        return ["--load", converted, "--save", save, "--offline-distillation-data", states, *OPTIONS]
+
+    length = Length(iterations=16, save_interval=4)
+    whole = train_whole(words, length, tmp_path / "whole")
+    moment = length.random_moment()
+    check_interrupted(run, signal.SIGKILL, words, length, whole=whole, parts=tmp_path / "parts", num_entries=moment)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])

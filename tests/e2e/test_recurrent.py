@@ -11,7 +11,8 @@ import torch
 from mcore_spec.config import EagleAlgorithm
 from mcore_spec.weights.safetensors_io import WeightDirectory
 from tests.e2e.conftest import Run, check_refused
-from tests.e2e.test_finetune import log_of, words
+from tests.e2e.interrupted import log_of
+from tests.e2e.test_finetune import words
 from tests.tiny import write_hf_model
 
 pytestmark = pytest.mark.e2e

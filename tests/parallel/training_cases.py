@@ -20,11 +20,12 @@ from mcore_spec.config import EagleAlgorithm, TrainingConfig, eagle_preset
 from mcore_spec.conversion import convert
 from mcore_spec.data.batch import Batch, Batches, Document, make_batch
 from mcore_spec.data.hidden_states import StatesStore
-from mcore_spec.data.hidden_states.batches import StoredBatches
+from mcore_spec.data.hidden_states.batches import StoredBatches, StoreReader
 from mcore_spec.data.noise import draw_noise_key
 from mcore_spec.data.seeds import RandomUse, random_state
 from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.parallel.sharding import Shard, gather_whole, sharded_tensors
+from mcore_spec.training.data import ReadStates
 from mcore_spec.training.optimizer import DraftOptimizer
 from mcore_spec.training.step import DraftStep, MakeFeatures
 from mcore_spec.training.totals import Totals
@@ -193,13 +194,17 @@ def gradients(
     names: Sequence[str],
     cases: Mapping[str, Case] | None = None,
     store: Path | None = None,
+    read_states: ReadStates | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Each of the named cases: the reduced totals, and every whole gradient where the draft lives.
 
-    Without a `store` the base runs; with one its hidden states are read there.
+    Without a `store` the base runs; with one its hidden states are read there, or where `read_states` says.
     """
     found = {}
-    make_features: MakeFeatures = LiveFeatures if store is None else partial(StoredFeatures, last_is_normed=True)
+    if store is not None:
+        opened = StatesStore(store)
+        read_states = lambda _model, step: StoreReader(opened, aux_layer_ids=step.task.aux_layer_ids)  # noqa: E731
+    make_features: MakeFeatures = LiveFeatures if read_states is None else partial(StoredFeatures, last_is_normed=True)
     with parallel_runtime(layout):
         for name in names:
             case = (cases or CASES)[name]
@@ -207,8 +212,8 @@ def gradients(
             before = checksum(model)
             step = DraftStep(model, recompute=case.recompute, make_features=make_features)
             made: Batches = OneStep(list(batches(model, step, case)))
-            if store is not None and step.base.is_last_stage:
-                made = StoredBatches(made, StatesStore(store), aux_layer_ids=step.task.aux_layer_ids)
+            if read_states is not None and step.base.is_last_stage:
+                made = StoredBatches(made, read_states(model, step))
             optimizer = DraftOptimizer(model, TrainingConfig(data_path=("x",), train_iters=1), num_iterations=1)
             optimizer.zero_grad()
             totals = Totals.zeros(step.num_steps, device=torch.device("cpu"), num_regressed=step.task.num_regressed)

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tools.benchmark.commands import check_settings, run_once
 from tools.benchmark.markdown import markdown_table
 
 MEMBERS = {"eagle3": "EAGLE-3", "eagle1": "EAGLE-1", "eagle-mtp": "EAGLE-MTP", "medusa": "Medusa"}
@@ -77,13 +75,15 @@ class Contest:
         """Whatever of the three steps is not done yet."""
         place = self.work_dir / member
         place.mkdir(parents=True, exist_ok=True)
-        self._check_settings(place)
-        converted = self._once(place / "convert", self._convert(member, place))
-        trained = self._once(place / "finetune", self._finetune(member, place))
+        check_settings(
+            place, {name: value for name, value in vars(self.given).items() if name not in ("only", "work_dir")}
+        )
+        converted = run_once(place / "convert", self._convert(member, place))
+        trained = run_once(place / "finetune", self._finetune(member, place))
         validated = place / "validate.json"
         if not validated.exists():
-            self._once(place / "validate", self._validate(place, validated))
-        found = re.search(r"^draft: .*?; ([\d,]+) parameters", converted["output"], re.MULTILINE)
+            run_once(place / "validate", self._validate(place, validated))
+        found = re.search(r"^draft: .*?; ([\d,]+) parameters", converted.output, re.MULTILINE)
         assert found is not None, "convert says how large the draft is"
         seconds, num_tokens = _training_time(place / "trained" / "train_log.jsonl")
         return Row(
@@ -91,38 +91,9 @@ class Contest:
             num_parameters=int(found[1].replace(",", "")),
             seconds=seconds,
             tokens_per_second=num_tokens / seconds,
-            peak_mib=trained["peak_mib"],
+            peak_mib=trained.peak_mib,
             validated=json.loads(validated.read_text()),
         )
-
-    def _check_settings(self, place: Path) -> None:
-        """Refuse to mix runs of different settings."""
-        settings = {name: str(value) for name, value in vars(self.given).items() if name not in ("only", "work_dir")}
-        path = place / "settings.json"
-        if not path.exists():
-            path.write_text(json.dumps(settings, indent=2) + "\n")
-        elif json.loads(path.read_text()) != settings:
-            raise SystemExit(f"{place} was begun with other settings ({path}); give those, or another --work-dir")
-
-    def _once(self, place: Path, words: Sequence[str]) -> dict[str, Any]:
-        """Run a command unless it has succeeded before; its output and peak memory."""
-        done = place.with_suffix(".done.json")
-        if done.exists():
-            found: dict[str, Any] = json.loads(done.read_text())
-            return found
-        print(f"{place.parent.name}: {words[0]}", file=sys.stderr, flush=True)
-        with place.with_suffix(".log").open("w+") as log:
-            process = subprocess.Popen([sys.executable, "-m", "mcore_spec.cli.main", *words], stdout=log, stderr=log)
-            # The peak of this child alone; `resource.getrusage` has that of all.
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            log.seek(0)
-            output = log.read()
-        if process.returncode:
-            raise SystemExit(f"mcore-spec {' '.join(words)} ended with {process.returncode}:\n{output[-3000:]}")
-        result = {"output": output, "peak_mib": usage.ru_maxrss / 1024}
-        done.write_text(json.dumps(result) + "\n")
-        return result
 
     def _convert(self, member: str, place: Path) -> list[str]:
         given, steps = self.given, self.given.steps
