@@ -1,7 +1,7 @@
 """Several ranks for a test, without starting several processes for each test.
 
-Importing torch and megatron-core takes longer than most tests, so the workers start once a session and
-keep their imports. A job is a function named by a string, `"tests.parallel.cases:function"`; each rank
+Importing torch and megatron-core takes longer than most tests, so the workers are forked from a process that has done
+it, and stay for the session. A job is a function named by a string, `"tests.parallel.cases:function"`; each rank
 calls it inside a fresh gloo process group and sends its result back. A worker whose job went wrong is
 never used again: what it left behind in megatron-core's global state is not worth guessing about.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import io
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -21,9 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from tests.forked import process_context
 
 # Products of three axes of parallelism. A worker takes about half a gigabyte, so none starts before a job needs it.
 MAX_WORLD_SIZE = 8
@@ -111,13 +112,13 @@ def _work(pipe: Connection) -> None:
 
 @dataclass
 class _Worker:
-    process: SpawnProcess
+    process: BaseProcess
     pipe: Connection
 
     @classmethod
     def start(cls) -> _Worker:
         """Start a process. Not a daemon: saving a distributed checkpoint starts a helper of its own."""
-        context = multiprocessing.get_context("spawn")
+        context = process_context()
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs,), daemon=False)
         process.start()

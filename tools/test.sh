@@ -14,11 +14,15 @@ cd "$REPOSITORY"
 prepare_environment dev
 install_demo_weights
 
-# A fixed number, so that sums are reduced in the same order on every machine; two, and passive waiting,
-# because the ranks of a parallel test share few cores. The workers of the rank pool set one themselves.
-export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE
+# A fixed number, so that sums are reduced in the same order on every machine; one, and passive waiting,
+# because several tests, and the ranks of a parallel one, share few cores.
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 # A test that reaches for a model hub is a test that fails without a network.
 export HF_HUB_OFFLINE=1
+
+# A test on each core; more than four would take more memory than they save time. A worker that has run out of tests
+# takes some of another's, from the end, so that what a file sets up is seldom made twice.
+PYTEST=(python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal)
 
 announce() {
     printf '\n[test] %s\n' "$*"
@@ -38,7 +42,9 @@ step python -m ruff format --check .
 step python -m ruff check .
 step python -m mypy
 step python tools/check_style.py
-step python -m pytest tests/unit
+# Once, before several workers want it.
+step python tools/demo_model.py --output .cache/demo_base
+step "${PYTEST[@]}" tests/unit
 # Last and bare: its closing line, with its time in it, is the last line of all.
-announce python -m pytest tests/parity tests/parallel tests/e2e
-python -m pytest --durations=20 --durations-min=10 tests/parity tests/parallel tests/e2e
+announce "${PYTEST[@]}" tests/parity tests/parallel tests/e2e
+"${PYTEST[@]}" --durations=20 --durations-min=10 tests/parity tests/parallel tests/e2e

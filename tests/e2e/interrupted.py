@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mcore_spec.checkpoint.store import find_checkpoint
-from tests.e2e.conftest import Run, subprocess_environment
+from tests.e2e.conftest import Run
+from tests.forked import start_command
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
 
 # The command line of a run that saves in a directory, but for its length.
@@ -45,14 +44,6 @@ class Length(NamedTuple):
         return moment
 
 
-def start(*command: object) -> subprocess.Popen[bytes]:
-    """The script in a process of its own, with the threads that every such process has: sums depend on them."""
-    line = [sys.executable, "examples/finetune.py", *map(str, command)]
-    return subprocess.Popen(
-        line, cwd=REPOSITORY, env=subprocess_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
 def log_of(save: Path) -> list[dict[str, Any]]:
     """Entries without what depends on the clock."""
     entries = [json.loads(line) for line in (save / "train_log.jsonl").read_text().splitlines()]
@@ -62,9 +53,10 @@ def log_of(save: Path) -> list[dict[str, Any]]:
 
 def train_whole(words: Words, length: Length, save: Path) -> Path:
     """A run from its beginning to its end; returns where it saved."""
-    process = start(*words(save), *length.words)
-    out, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 0, out
+    said = save.with_suffix(".txt")
+    process = start_command("finetune", [*words(save), *length.words], said)
+    process.join(TIMEOUT_S)
+    assert process.exitcode == 0, said.read_text()
     return save
 
 
@@ -72,22 +64,21 @@ def check_interrupted(
     run: Run, how: signal.Signals, words: Words, length: Length, *, whole: Path, parts: Path, num_entries: int
 ) -> None:
     """A run that is sent a signal behind so many entries of its log goes on to what `whole` is, bit for bit."""
-    process = start(*words(parts), *length.words)
-    log = parts / "train_log.jsonl"
+    log, said = parts / "train_log.jsonl", parts.with_suffix(".txt")
+    process = start_command("finetune", [*words(parts), *length.words], said)
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= num_entries):
         time.sleep(0.01)
-    process.send_signal(how)
-    out, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == (-signal.SIGKILL if how is signal.SIGKILL else 0), out
+    assert process.pid is not None
+    os.kill(process.pid, how)
+    process.join(TIMEOUT_S)
+    assert process.exitcode == (-signal.SIGKILL if how is signal.SIGKILL else 0), said.read_text()
     stopped = find_checkpoint(parts).iteration
     assert length.save_interval <= stopped < length.iterations
     if how is signal.SIGKILL:
         assert stopped % length.save_interval == 0
-    process = start(*words(parts), *length.words)
-    out, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 0, out
-    assert b"resumed" in out
+    train_whole(words, length, parts)
+    assert "resumed" in said.read_text()
     assert log_of(parts) == log_of(whole)
     exports = [save.parent / f"export_{save.name}" for save in (whole, parts)]
     for save, export in zip((whole, parts), exports, strict=True):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import multiprocessing
 import os
 import random
 import signal
 import time
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -16,28 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import Run, make_base, tree
+from tests.forked import start_command
 
 pytestmark = pytest.mark.e2e
 NUM_KILLS = 16
-
-
-def export_once(argv: list[str], quiet_file: str) -> None:
-    """What a started process does; leaves with the command's code."""
-    with open(quiet_file, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    main = importlib.import_module("mcore_spec.cli.main")
-    raise SystemExit(main.run_command("export", argv))
-
-
-def start(argv: list[str], quiet_file: Path) -> ForkServerProcess:
-    """A process of its own without the seconds that imports take: forked from one that has done them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mcore_spec.cli.export"])
-    process = context.Process(target=export_once, args=(argv, str(quiet_file)))
-    process.start()
-    return process
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +46,17 @@ def is_whole(directory: Path, base: Path) -> bool:
 def test_a_killed_export_leaves_nothing_or_everything(big_checkpoint: tuple[Path, Path], tmp_path: Path) -> None:
     base, checkpoint = big_checkpoint
     final = tmp_path / "out" / "export"
-    argv = ["--load", str(checkpoint), "--export-dir", str(final), "--overwrite"]
+    argv = ["--load", checkpoint, "--export-dir", final, "--overwrite"]
     partial = final.with_name(f".partial-{final.name}")
 
-    def wait_for_partial(process: ForkServerProcess) -> None:
+    def wait_for_partial(process: BaseProcess) -> None:
         deadline = time.monotonic() + 60
         while not partial.exists() and process.is_alive():
             assert time.monotonic() < deadline, "the export does not begin to write"
             time.sleep(0.001)
 
     # How long writing takes, undisturbed.
-    process = start(argv, tmp_path / "log")
+    process = start_command("export", argv, tmp_path / "log")
     wait_for_partial(process)
     began = time.monotonic()
     while partial.exists():
@@ -92,7 +72,7 @@ def test_a_killed_export_leaves_nothing_or_everything(big_checkpoint: tuple[Path
         if attempt == NUM_KILLS // 2:  # now onto a free name, where there is no earlier export
             for path in list(final.parent.iterdir()):
                 os.rename(path, tmp_path / f"moved-{path.name}")
-        process = start(argv, tmp_path / "log")
+        process = start_command("export", argv, tmp_path / "log")
         wait_for_partial(process)
         # At random, but some in every part of it, its end with the renaming included: the others were slower
         # or faster than the one that was measured.
@@ -109,7 +89,7 @@ def test_a_killed_export_leaves_nothing_or_everything(big_checkpoint: tuple[Path
     assert seen["whole"] and seen["nothing"], f"one of the two cases did not come up: {seen}"
 
     # What was left behind does not disturb the next export, and is gone after it.
-    process = start(argv, tmp_path / "log")
+    process = start_command("export", argv, tmp_path / "log")
     process.join(60)
     assert process.exitcode == 0, (tmp_path / "log").read_text()
     assert is_whole(final, base)

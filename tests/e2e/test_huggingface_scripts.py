@@ -68,13 +68,10 @@ def test_the_one_line_script(base: Path, conversations: Path, tmp_path: Path) ->
     assert "tokenizer.json" in os.listdir(out / "model")
 
 
-def test_a_draft_vocabulary_and_two_processes(base: Path, conversations: Path, tmp_path: Path) -> None:
-    words = [
-        *(sys.executable, SCRIPTS / "calibrate_draft_vocab.py", "--model", base, "--data", conversations),
-        *("--draft_vocab_size", 50, "--save_dir", tmp_path / "vocab"),
-    ]
-    done = start(words)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_a_draft_vocabulary_and_two_processes(run_script: Run, base: Path, conversations: Path, tmp_path: Path) -> None:
+    words = ("--model", base, "--data", conversations, "--draft_vocab_size", 50, "--save_dir", tmp_path / "vocab")
+    done = run_script(SCRIPTS / "calibrate_draft_vocab.py", *words)
+    assert done.code == 0, done.err
     (tmp_path / "eagle.json").write_text(json.dumps({"eagle_ttt_steps": 2}))
     words = [
         *("bash", SCRIPTS / "launch_train.sh", "--model", base, "--output_dir", tmp_path / "out", "--num_gpu", 2),
@@ -123,11 +120,12 @@ def test_stored_hidden_states(run: Run, base: Path, data: Path, tmp_path: Path) 
         (["--eval_strategy", "epoch"], "--eval_strategy and --eval_data_path need each other"),
     ],
 )
-def test_bad_input(base: Path, conversations: Path, tmp_path: Path, extra: list[str], message: str) -> None:
-    words = [sys.executable, SCRIPTS / "main.py", "--model_name_or_path", base, "--data_path", conversations]
-    done = start([*words, "--output_dir", tmp_path / "out", "--use_cpu", "True", *extra])
-    assert done.returncode == 2 and message in done.stderr, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
+def test_bad_input(
+    run_script: Run, base: Path, conversations: Path, tmp_path: Path, extra: list[str], message: str
+) -> None:
+    words = ["--model_name_or_path", base, "--data_path", conversations]
+    done = run_script(SCRIPTS / "main.py", *words, "--output_dir", tmp_path / "out", "--use_cpu", "True", *extra)
+    assert done.code == 2 and message in done.err, done.err[-2000:]
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -138,9 +136,9 @@ def test_launch_without_its_flags() -> None:
         assert "num_gpu" in start(["bash", SCRIPTS / script, "--help"]).stdout
 
 
-def test_a_directory_without_a_draft_is_told(base: Path, tmp_path: Path) -> None:
-    words = [sys.executable, SCRIPTS / "export_hf_checkpoint.py", "--model_path"]
-    done = start([*words, base, "--export_path", tmp_path / "export"])
-    assert done.returncode == 2 and "has no draft; attach one first" in done.stderr
-    done = start([*words, tmp_path / "nowhere", "--export_path", tmp_path / "export"])
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+def test_a_directory_without_a_draft_is_told(run_script: Run, base: Path, tmp_path: Path) -> None:
+    script = SCRIPTS / "export_hf_checkpoint.py"
+    done = run_script(script, "--model_path", base, "--export_path", tmp_path / "export")
+    assert done.code == 2 and "has no draft; attach one first" in done.err
+    done = run_script(script, "--model_path", tmp_path / "nowhere", "--export_path", tmp_path / "export")
+    assert done.code == 2 and "nowhere" in done.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from tests.e2e.conftest import (
 )
 from tests.e2e.disk import PAGE, mounted_disk
 from tests.e2e.interrupted import Length, check_interrupted, log_of, train_whole
+from tests.forked import start_command
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -190,16 +192,15 @@ def test_an_extraction_that_was_stopped_goes_on(
     turns = [(f"{question} {number}", answer) for number in range(40) for question, answer in CONVERSATIONS]
     many.write_text("".join(json.dumps(conversation(*each)) + "\n" for each in turns))
     words = extraction(converted, many, tmp_path / "states", "--max-shard-bytes", 60000)
-    command = [sys.executable, "examples/offline_feature_extract.py", *words]
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=subprocess_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    process = start_command("extract", words, tmp_path / "said.txt")
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and len(list((tmp_path / "states").glob("shard-*"))) < 3:
         time.sleep(0.005)
-    process.send_signal(how)
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == (-signal.SIGKILL if how is signal.SIGKILL else 0), out
+    assert process.pid is not None
+    os.kill(process.pid, how)
+    process.join(200)
+    expected = -signal.SIGKILL if how is signal.SIGKILL else 0
+    assert process.exitcode == expected, (tmp_path / "said.txt").read_text()
     with pytest.raises(Exception, match="was not finished"):
         StatesStore(tmp_path / "states")
     done = run("extract", *words)

@@ -31,7 +31,7 @@ from mcore_spec.training.step import DraftStep
 from mcore_spec.training.totals import Means, Totals
 from tests.parallel.evaluation_cases import CONVERSATIONS, OSL, PROMPTS, Digits, loaded, requests_of
 from tests.parallel.evaluation_cases import Case as EvaluationCase
-from tests.parallel.trainer_cases import Corpus, Run, config_of, trainer_of
+from tests.parallel.trainer_cases import Corpus, Run, overfitting, trainer_of
 from tests.parallel.trainer_cases import converted as model_of_run
 from tests.parallel.training_cases import FAVOURITE, checksum, documents, whole_gradients
 from tests.parity.export_cases import converted as converted_for_export
@@ -197,7 +197,7 @@ def overfit(*, directory: Path, save: Path, draft: dict[str, Any], num_iteration
     """Figures after many steps on a few conversations."""
     run = Run(Layout(), has_d2t=False, draft=draft)
     with parallel_runtime(run.layout):
-        config = config_of(run, train_iters=num_iterations, lr=2e-2, min_lr=1e-3, weight_decay=0.0, clip_grad=1.0)
+        config = overfitting(run, num_iterations=num_iterations, lr=2e-2, min_lr=1e-3)
         trainer = trainer_of(model_of_run(directory, run), config, save, DistinctCorpus((12, 10, 14, 9)))
         for _ in range(num_iterations):
             trainer.train_step()

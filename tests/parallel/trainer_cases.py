@@ -108,7 +108,7 @@ def make_data(config: TrainingConfig, corpus: Corpus, model: GPTModel, step: Dra
         return DataParallelBatches(
             stream,
             global_batch_size=GLOBAL_BATCH_SIZE,
-            micro_batch_size=1,
+            micro_batch_size=config.micro_batch_size,
             data_rank=model.pg_collection.dp.rank(),
             data_size=model.pg_collection.dp.size(),
             num_steps=step.num_steps,
@@ -321,6 +321,12 @@ def unmixed_batches(*, directory: Path) -> dict[str, Any]:
             return {"error": error, "losses": [float(each(batch).loss) for each in (step, plain)]}
 
 
+def overfitting(run: Run, *, num_iterations: int, lr: float, min_lr: float) -> TrainingConfig:
+    """Many steps, each in one micro-batch: a gradient is that of its samples, however they are cut."""
+    sizes = {"train_iters": num_iterations, "micro_batch_size": GLOBAL_BATCH_SIZE}
+    return config_of(run, **sizes, lr=lr, min_lr=min_lr, weight_decay=0.0, clip_grad=1.0)
+
+
 def overfit(
     *, directory: Path, save: Path, draft: dict[str, Any] | None = None, num_iterations: int = 400
 ) -> tuple[Progress, list[float]]:
@@ -329,7 +335,7 @@ def overfit(
     corpus = Corpus((12, 10, 14, 9))
     with parallel_runtime(run.layout):
         model = converted(directory, run)
-        config = config_of(run, train_iters=num_iterations, lr=1e-2, min_lr=1e-4, weight_decay=0.0, clip_grad=1.0)
+        config = overfitting(run, num_iterations=num_iterations, lr=1e-2, min_lr=1e-4)
         trainer = trainer_of(model, config, save, corpus)
         for _ in range(num_iterations):
             trainer.train_step()
