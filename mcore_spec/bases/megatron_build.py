@@ -101,7 +101,7 @@ def build_gpt_model(
     if not architecture.has_layers:
         spec = empty_block_spec()
     elif transformer_impl == "transformer_engine":
-        require_transformer_engine()
+        require_transformer_engine("transformer_impl = transformer_engine", instead="transformer_impl = local")
         spec = transformer_engine_layer_spec(config)
     else:
         spec = local_block_spec(config)

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mcore_spec.bases.megatron_build import check_layout
+from mcore_spec.bases.megatron_build import BaseGPTModel, check_layout
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.checkpoint.store import TRACKER, Checkpoint, check_save_directory, find_checkpoint, load_checkpoint
+from mcore_spec.cli.arguments import flag_of
 from mcore_spec.cli.base_limits import check_seq_length
 from mcore_spec.cli.convert import layout_of
 from mcore_spec.cli.dry_run import Rehearsal, build_stages, say_weights
@@ -40,6 +41,8 @@ from mcore_spec.planning.activations import TrainingSetup
 from mcore_spec.planning.layout import PlannedLayout
 from mcore_spec.planning.report import describe_model
 from mcore_spec.planning.shapes import ModelShape
+from mcore_spec.quantization.installed import quantization_of
+from mcore_spec.quantization.modes import compute_in_fp8, learn_scales
 from mcore_spec.training.data import Conversations
 from mcore_spec.training.linear_start import check_linear_start, num_default_rows
 from mcore_spec.training.log import Entry, Logger, brief, check_loggers, draw_curves, open_loggers, say_above_bar
@@ -101,12 +104,17 @@ def _train(arguments: FinetuneArguments, layout: Layout, notices: Notices | None
         run_on_rank_zero(lambda: check_loggers(arguments.loggers))
         arguments = _with_fit_start(arguments, checkpoint.record, task, conversations, is_resumed=is_resumed)
         model = load_checkpoint(checkpoint, layout, transformer_impl=arguments.transformer_impl)
+        _set_up_quantization(model, arguments, is_resumed=is_resumed)
+        record = checkpoint.record
+        if record.quantization is not None:
+            update = {"quantization": arguments.trained_as(record.quantization)}
+            record = record.model_copy(update=update)
         try:
             trainer = Trainer(
                 model,
                 conversations.batches,
                 arguments,
-                record=checkpoint.record,
+                record=record,
                 save=Path(arguments.save),
                 num_iterations=conversations.num_iterations,
                 global_batch_size=global_batch_size,
@@ -123,6 +131,15 @@ def _train(arguments: FinetuneArguments, layout: Layout, notices: Notices | None
         say(f"{'resumed' if is_resumed else 'loaded'} {checkpoint.path}; {_describe_run(conversations, trainer)}")
         progress = trainer.run(loggers)
         _say_end(arguments, progress, conversations.num_iterations, trainer)
+
+
+def _set_up_quantization(model: BaseGPTModel, arguments: FinetuneArguments, *, is_resumed: bool) -> None:
+    """As the options say; a model that is not quantised has none of them."""
+    if quantization_of(model) is None:
+        return
+    compute_in_fp8(model, arguments.gradient_scaling, backend=arguments.fp8_backend, is_resumed=is_resumed)
+    if arguments.learn_scales:
+        learn_scales(model)
 
 
 def _with_fit_start(
@@ -241,10 +258,24 @@ def _check_quantization(arguments: FinetuneArguments, given: CheckpointRecord, s
         CheckpointError: a run on another quantisation is to be resumed.
         ConfigError: weights with scales would be replaced, or there is no other teacher.
     """
-    if start.quantization != given.quantization:
+    is_resumed = start is not given
+    expected = given.quantization and (arguments.trained_as(given.quantization) if is_resumed else given.quantization)
+    if start.quantization != expected:
         raise CheckpointError(
-            f"save = {arguments.save} holds a run on another quantisation than that of --load {arguments.load}; choose "
-            "another directory"
+            f"save = {arguments.save} holds a run on another quantisation than that of --load {arguments.load}, or one "
+            "with other options --learn-scales, --fp8-compute and --fp8-gradient-scaling; choose another directory, or "
+            "give the same"
+        )
+    for option in ("learn_scales", "fp8_compute"):
+        if given.quantization is None and option in arguments.model_fields_set:
+            raise ConfigError(
+                f"{flag_of(option)}: --load {arguments.load} is not quantised; quantise it first (quantize "
+                "--export-quant-cfg), or leave it out"
+            )
+    if given.quantization is not None and arguments.fp8_compute and not given.quantization.recipe.is_fp8:
+        raise ConfigError(
+            f"--fp8-compute: recipe {given.quantization.recipe.name} of --load {arguments.load} has no FP8 numbers; "
+            "leave it out, or quantise with fp8, fp8_per_channel or fp8_blockwise"
         )
     if given.quantization is not None and arguments.fit_start:
         raise ConfigError(

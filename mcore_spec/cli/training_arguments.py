@@ -6,11 +6,55 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from mcore_spec.cli.arguments import DryRunArguments, ParallelArguments
-from mcore_spec.config import DataConfig, TrainingConfig
+from mcore_spec.cli.arguments import DryRunArguments, ParallelArguments, flag_of
+from mcore_spec.config import DataConfig, StrictConfig, TrainingConfig
+from mcore_spec.config.quantization import Float8Backend, GradientScaling, QuantizationRecord
 
 
-class FinetuneArguments(ParallelArguments, TrainingConfig, DryRunArguments):
+class QuantizedTrainingArguments(StrictConfig):
+    """How a quantised checkpoint is trained."""
+
+    learn_scales: bool = Field(
+        False,
+        description="Train the scales of the draft's weights, inputs, keys and values too, where the recipe keeps "
+        "them. Off: they stay as quantize found them.",
+    )
+    fp8_compute: bool = Field(
+        False,
+        description="Multiply FP8 numbers, forward and backward, in the linear maps that are quantised, with the "
+        "recipe's scales. Off: values are rounded and multiplied in the dtype of the training.",
+    )
+    fp8_backend: Float8Backend = Field(
+        "auto",
+        description="Of --fp8-compute: torch (also on processors) or transformer_engine; auto: Transformer Engine "
+        "where it is installed and CUDA is used.",
+    )
+    fp8_gradient_scaling: GradientScaling = Field(
+        "current",
+        description="Of --fp8-compute: a gradient's scale from itself, or (delayed, recipe fp8) from the largest "
+        "values of the 16 steps before.",
+    )
+
+    @model_validator(mode="after")
+    def _check_fp8(self) -> Self:
+        ignored = sorted({"fp8_backend", "fp8_gradient_scaling"} & self.model_fields_set)
+        if ignored and not self.fp8_compute:
+            raise ValueError(f"{', '.join(map(flag_of, ignored))} would be ignored without --fp8-compute: give it too")
+        return self
+
+    @property
+    def gradient_scaling(self) -> GradientScaling | None:
+        """``None``: nothing multiplies FP8 numbers."""
+        return self.fp8_gradient_scaling if self.fp8_compute else None
+
+    def trained_as(self, record: QuantizationRecord) -> QuantizationRecord:
+        """What the checkpoints of the run say; `record` is of the checkpoint that it began with."""
+        is_learned = record.has_learned_scales or self.learn_scales
+        update = {"has_learned_scales": is_learned, "gradient_scaling": self.gradient_scaling}
+        return record.model_copy(update=update)
+
+
+class FinetuneArguments(ParallelArguments, TrainingConfig, QuantizedTrainingArguments, DryRunArguments):
     """What is trained, and where the result goes."""
 
     load: str = Field(min_length=1, description="Megatron-core checkpoint with the draft, as convert writes it.")

@@ -79,7 +79,12 @@ class ShardedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in (or in/size)] -> [..., out/size (or a term of out)]."""
-        return F.linear(x, self.weight, self.bias if self.shard_dim == 0 else None)
+        return F.linear(x, self.weight, self.applied_bias)
+
+    @property
+    def applied_bias(self) -> Tensor | None:
+        """The bias that `forward` adds."""
+        return self.bias if self.shard_dim == 0 else None
 
     def extra_repr(self) -> str:
         """Whole sizes, and how they are cut."""

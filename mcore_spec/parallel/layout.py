@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -205,8 +206,17 @@ def run_on_every_rank(function: Callable[[], Result]) -> Result:
     return cast(Result, result)
 
 
-def require_transformer_engine() -> None:
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def require_transformer_engine(what: str, *, instead: str) -> None:
     """Fail with the remedy where Transformer Engine is asked for and not installed.
+
+    Args:
+        what: the option that asks for it.
+        instead: the option that does not.
 
     Raises:
         ConfigError: it cannot be imported.
@@ -215,6 +225,5 @@ def require_transformer_engine() -> None:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "transformer_impl = transformer_engine needs NVIDIA Transformer Engine: "
-            f"pip install 'mcore-spec[gpu]', or choose transformer_impl = local ({error})"
+            f"{what} needs NVIDIA Transformer Engine: pip install 'mcore-spec[gpu]', or choose {instead} ({error})"
         ) from error

@@ -9,16 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.config.quantization import CalibrationMethod, QuantizationRecord, Recipe, find_recipe
-from mcore_spec.conversion import as_base
 from mcore_spec.errors import ConfigError
-from mcore_spec.parallel.collectives import Group, group_size
+from mcore_spec.parallel.collectives import group_size
 from mcore_spec.parallel.layout import run_on_every_rank
 from mcore_spec.quantization.installed import Quantization, install, remove, unquantized
 from mcore_spec.quantization.observers import Histogram, Largest
-from mcore_spec.quantization.quantizers import ActivationQuantizer, reduce_max
-from mcore_spec.quantization.targets import family_of
+from mcore_spec.quantization.quantizers import ActivationQuantizer
+from mcore_spec.quantization.scales import reduce_max
+from mcore_spec.quantization.targets import family_of, groups_of
 
 ForwardLoop = Callable[[Any], object]
 Model = TypeVar("Model", bound=nn.Module)
@@ -97,7 +96,7 @@ def _measure_weights(quantization: Quantization) -> None:
 
 def _calibrate(model: nn.Module, quantization: Quantization, forward_loop: ForwardLoop) -> None:
     places = list(quantization.static_quantizers())
-    groups, method = _groups(model), quantization.record.calibration
+    groups, method = groups_of(model), quantization.record.calibration
     device = next(model.parameters()).device
     observers = [Largest(device) for _ in places]
     _run(model, forward_loop, places, observers)
@@ -147,11 +146,3 @@ def _run(
 def _check_finite(name: str, values: Tensor) -> None:
     if not bool(torch.isfinite(values).all()):
         raise ConfigError(f"{name} holds NaN or infinity: no scale fits that; look at the data, or at the weights")
-
-
-def _groups(model: nn.Module) -> list[Group]:
-    """Ranks that see other parts of the same activations, or other conversations."""
-    if isinstance(as_base(model), MegatronBase):
-        groups: Any = model.pg_collection
-        return [groups.tp, groups.dp_cp]
-    return [dist.group.WORLD] if dist.is_initialized() else []

@@ -66,7 +66,7 @@ class QuantizedWeight:
     def _scalars(self, name: str) -> dict[str, Tensor]:
         scalars = dict(self.scalars)
         if self.quantizer is not None and not self.quantizer.activation.scheme.is_dynamic:
-            scalars[f"{name.removesuffix('.weight')}.input_scale"] = self.quantizer.activation.scale_0
+            scalars[f"{name.removesuffix('.weight')}.input_scale"] = self.quantizer.activation.scales()[0].detach()
         return scalars
 
     def _whole_scale(self) -> Tensor:
@@ -136,5 +136,5 @@ def _key_value_scales(
     for letter, quantizer in (("k", pair.key), ("v", pair.value)):
         if file_own == f"{letter}_proj" or (is_joined and own == "linear_qkv"):
             prefix = f"{block}.{letter}_proj" if form == "modelopt" else block
-            scales[f"{prefix}.{letter}_scale"] = quantizer.scale_0
+            scales[f"{prefix}.{letter}_scale"] = quantizer.scales()[0].detach()
     return scales

@@ -11,19 +11,26 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from mcore_spec.bases.megatron_cache import CacheParams
 from mcore_spec.bases.megatron_layers import CausalAttention
 from mcore_spec.bases.transformers import TransformersBase
-from mcore_spec.config.quantization import QuantizationRecord, Recipe
+from mcore_spec.config.quantization import QuantizationRecord
 from mcore_spec.conversion import as_base
 from mcore_spec.errors import ConfigError
 from mcore_spec.hosting.install import record_quantization
 from mcore_spec.layers.attention import KeyValue, Places, Rows
+from mcore_spec.layers.linear import ShardedLinear
+from mcore_spec.parallel.collectives import Group
+from mcore_spec.parallel.float8 import Float8Product
 from mcore_spec.parallel.layout import run_on_every_rank
 from mcore_spec.parallel.sharding import sharded_state_dict
 from mcore_spec.parallel.tensor_parallel import TensorParallel
+from mcore_spec.quantization.gradients import GradientQuantizer
+from mcore_spec.quantization.learned import add_learned_scales
+from mcore_spec.quantization.products import multiply
 from mcore_spec.quantization.quantizers import (
     ActivationQuantizer,
     KeyValueQuantizer,
@@ -42,6 +49,7 @@ class Quantization(nn.Module):
     Attributes:
         record: recipe and calibration.
         is_on: whether values are quantised; off, the model computes as it did before.
+        product: multiplies FP8 numbers; ``None``: rounded values are multiplied in the model's dtype.
         counted: which rows a calibration looks at, bool over this context-parallel rank's rows; ``None``: all. Padding
             is another one in each layout.
     """
@@ -55,8 +63,10 @@ class Quantization(nn.Module):
         """
         super().__init__()
         self.record, self.tp, self.is_on = record, tp, True
+        self.product: Float8Product | None = None
         self.linears, self.attentions = nn.ModuleDict(), nn.ModuleDict()
         self.targets: dict[str, Target] = {}
+        self.attention_targets: dict[str, AttentionTarget] = {}
         self.replaced: list[tuple[nn.Module, dict[str, Any]]] = []
         self.counted: Tensor | None = None
 
@@ -86,6 +96,11 @@ class Quantization(nn.Module):
             assert isinstance(found, KeyValueQuantizer)
             yield key.replace("/", "."), found
 
+    def attention_quantizers(self) -> Iterator[tuple[AttentionTarget, KeyValueQuantizer]]:
+        """Each quantised attention of this rank, with its quantisers."""
+        for name, pair in self.key_value_quantizers():
+            yield self.attention_targets[name], pair
+
     def static_quantizers(self) -> Iterator[tuple[str, ActivationQuantizer]]:
         """What a calibration finds scales for, by the name of its place."""
         for target, quantizer in self.linear_quantizers():
@@ -112,7 +127,8 @@ class Quantization(nn.Module):
     def extra_repr(self) -> str:
         """The recipe, and what it left alone."""
         recipe = self.record.recipe
-        return f"{recipe.name}, include={list(recipe.include)}, exclude={list(recipe.exclude)}"
+        described = f"{recipe.name}, include={list(recipe.include)}, exclude={list(recipe.exclude)}"
+        return described if self.product is None else f"{described}, FP8 products, gradients {recipe.gradient}"
 
 
 def _key(name: str) -> str:
@@ -146,7 +162,7 @@ def install(model: nn.Module, record: QuantizationRecord) -> Quantization:
     found = run_on_every_rank(lambda: linear_targets(model))
     attentions = [] if recipe.kv_cache is None else run_on_every_rank(lambda: attention_targets(model))
     chosen = select(found, recipe)
-    quantizers = run_on_every_rank(lambda: [_linear_quantizer(target, recipe) for target in chosen])
+    quantizers = run_on_every_rank(lambda: [_linear_quantizer(target, record) for target in chosen])
     base = as_base(model)
     quantization = Quantization(record, tp=base.tp)
     for target, quantizer in zip(chosen, quantizers, strict=True):
@@ -157,15 +173,20 @@ def install(model: nn.Module, record: QuantizationRecord) -> Quantization:
         assert recipe.kv_cache is not None
         pair = KeyValueQuantizer(recipe.kv_cache, device=next(model.parameters()).device)
         quantization.attentions[_key(attention.name)] = pair
+        quantization.attention_targets[attention.name] = attention
         _replace_forward(quantization, attention.module, _quantized_attention(attention, pair, quantization))
     model.add_module(CHILD, quantization)
+    if record.has_learned_scales:
+        draft = base.draft()
+        if draft is not None:
+            add_learned_scales(draft, quantization.linear_quantizers(), quantization.attention_quantizers())
     if isinstance(base, TransformersBase):
         record_quantization(base, record)
     return quantization
 
 
-def _linear_quantizer(target: Target, recipe: Recipe) -> LinearQuantizer:
-    weight, name = target.weight, target.name
+def _linear_quantizer(target: Target, record: QuantizationRecord) -> LinearQuantizer:
+    weight, name, recipe = target.weight, target.name, record.recipe
     activation = ActivationQuantizer(
         recipe.activation,
         device=weight.device,
@@ -173,8 +194,17 @@ def _linear_quantizer(target: Target, recipe: Recipe) -> LinearQuantizer:
         columns=weight.shape[1],
         name=name,
     )
-    return LinearQuantizer(
-        WeightQuantizer(recipe.weight, weight, cut=target.cut, tp=target.tp, parts=target.parts, name=name), activation
+    of_weight = WeightQuantizer(recipe.weight, weight, cut=target.cut, tp=target.tp, parts=target.parts, name=name)
+    return LinearQuantizer(of_weight, activation, gradient_quantizer(target, record))
+
+
+def gradient_quantizer(target: Target, record: QuantizationRecord) -> GradientQuantizer | None:
+    """Of the gradient of a linear map's output, in a run whose linear maps multiply FP8 numbers."""
+    if record.gradient_scaling is None:
+        return None
+    group = target.tp.group if target.cut == 0 else None
+    return GradientQuantizer(
+        record.recipe.gradient, device=target.weight.device, group=group, scaling=record.gradient_scaling
     )
 
 
@@ -229,6 +259,8 @@ class QuantizedLinear:
         if not self.quantization.is_on:
             self.quantizer.activation.observe(self.quantization.seen(x))
             return self.original(x, *args, **options)
+        if self.quantization.product is not None:
+            return self._multiply(x, self.quantization.product, *args, **options)
         weights: dict[str, Any] = self.module._parameters
         own = weights["weight"]
         # The place in the dictionary stays the same, and with it the order of parameters.
@@ -237,6 +269,47 @@ class QuantizedLinear:
             return self.original(self.quantizer.activation(x), *args, **options)
         finally:
             weights["weight"] = own
+
+    def _multiply(self, x: Tensor, product: Float8Product, *args: Any, **options: Any) -> Any:
+        """The same with FP8 numbers; entering and leaving the parallel region stay the original's."""
+        module = self.module
+        if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            bias = module.applied_bias if isinstance(module, ShardedLinear) else _parameter(module, "bias")
+            output = multiply(x, module.get_parameter("weight"), self.quantizer, product)
+            return output if bias is None else output + bias
+        module._forward_impl = _InRegion(self.quantizer, product)
+        try:
+            return self.original(x, *args, **options)
+        finally:
+            del module._forward_impl
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    return module._parameters[name]
+
+
+class _InRegion:
+    """Stands in the place of megatron-core's product of a linear map, which sums the input's gradient over ranks."""
+
+    def __init__(self, quantizer: LinearQuantizer, product: Float8Product) -> None:
+        self.quantizer, self.product = quantizer, product
+
+    def __call__(
+        self,
+        *,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        tp_group: Group,
+        **options: Any,
+    ) -> Tensor:
+        """megatron-core's arguments; those of how weights' gradients are overlapped and added up do not matter here."""
+        if allreduce_dgrad or sequence_parallel:
+            input = TensorParallel(group=tp_group, sequence_parallel=sequence_parallel).enter(input)
+        output = multiply(input, weight, self.quantizer, self.product)
+        return output if bias is None else output + bias
 
 
 class _KeysAndValues:

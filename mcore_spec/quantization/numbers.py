@@ -34,6 +34,7 @@ class NumberFormat(NamedTuple):
 
 FORMATS: dict[Number, NumberFormat] = {
     "e4m3": NumberFormat(448.0, 464.0, torch.float8_e4m3fn, is_whole=False),
+    "e5m2": NumberFormat(57344.0, 61440.0, torch.float8_e5m2, is_whole=False),
     "int8": NumberFormat(127.0, 127.5, torch.int8, is_whole=True),
     "int4": NumberFormat(7.0, 7.5, torch.int8, is_whole=True),
 }
@@ -76,6 +77,41 @@ def _round(ratio: Tensor, form: NumberFormat) -> Tensor:
     return clamped.round() if form.is_whole else clamped.to(form.storage).to(ratio.dtype)
 
 
+class Wanted(NamedTuple):
+    """Which gradients are."""
+
+    x: bool
+    scale: bool
+
+
+class RoundingGradients(NamedTuple):
+    """Of a rounded value; ``None``: not wanted."""
+
+    x: Tensor | None
+    scale: Tensor | None
+
+
+def straight_through(x: Tensor, scale: Tensor, number: Number, grad: Tensor, wanted: Wanted) -> RoundingGradients:
+    """Gradients of what was rounded and of its scale.
+
+    Args:
+        x: values before rounding.
+        scale: of a shape that fits `x`.
+        number: which numbers.
+        grad: gradient of the rounded values times their scales, of the shape of `x`.
+        wanted: which.
+    """
+    form = FORMATS[number]
+    ratio = x.to(wide(x.dtype)) / scale
+    is_inside = ratio.abs() <= form.reach
+    for_x = grad * is_inside if wanted.x else None
+    for_scale = None
+    if wanted.scale:
+        slope = _round(ratio, form) - ratio * is_inside
+        for_scale = (grad.to(ratio.dtype) * slope).sum_to_size(scale.shape).to(scale.dtype)
+    return RoundingGradients(for_x, for_scale)
+
+
 class _FakeQuantize(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, number: Number) -> Tensor:
@@ -87,12 +123,5 @@ class _FakeQuantize(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, scale = ctx.saved_tensors
-        form = FORMATS[ctx.number]
-        ratio = x.to(wide(x.dtype)) / scale
-        is_inside = ratio.abs() <= form.reach
-        for_x = grads[0] * is_inside if ctx.needs_input_grad[0] else None
-        for_scale = None
-        if ctx.needs_input_grad[1]:
-            slope = _round(ratio, form) - ratio * is_inside
-            for_scale = (grads[0].to(ratio.dtype) * slope).sum_to_size(scale.shape).to(scale.dtype)
-        return for_x, for_scale, None
+        wanted = Wanted(*ctx.needs_input_grad[:2])
+        return (*straight_through(x, scale, ctx.number, grads[0], wanted), None)

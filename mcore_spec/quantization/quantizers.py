@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,13 +17,13 @@ from mcore_spec.errors import ConfigError
 from mcore_spec.parallel.collectives import Group, group_size
 from mcore_spec.parallel.sharding import Shard
 from mcore_spec.parallel.tensor_parallel import TensorParallel
+from mcore_spec.quantization.gradients import GradientQuantizer
 from mcore_spec.quantization.numbers import fake_quantize, scale_of
 from mcore_spec.quantization.observers import Observer
+from mcore_spec.quantization.scales import Scales, reduce_max
 
-_SCALE = "scale"
 
-
-class WeightQuantizer(nn.Module):
+class WeightQuantizer(Scales):
     """The scales of one weight [out, in], of which this rank may hold a part.
 
     A weight may stand for several, as query, key and value do in one matrix. Scales of channels and blocks are then
@@ -59,9 +58,7 @@ class WeightQuantizer(nn.Module):
         if scheme.granularity == "block" and tp.size > 1 and cut is not None:
             self._check_blocks(name)
         self.num_parts = len(parts)
-        self.num_scales = 1 if scheme.granularity == "tensor" else len(parts)
-        for index, shape in enumerate(self._shapes()):
-            self.register_buffer(f"{_SCALE}_{index}", torch.ones(shape, dtype=torch.float32, device=weight.device))
+        self.add_scales(self._shapes(), device=weight.device)
 
     def _check_blocks(self, name: str) -> None:
         sizes = self.rows if self.cut == 0 else (self.columns,)
@@ -79,19 +76,24 @@ class WeightQuantizer(nn.Module):
                 return [(rows, 1) for rows in self.rows]
         return [(-(-rows // BLOCK), -(-self.columns // BLOCK)) for rows in self.rows]
 
-    def shards(self) -> dict[str, Shard]:
-        """How each of the scales is cut over the group."""
+    def scale_shard(self) -> Shard:
+        """See `Scales`."""
         granularity = self.scheme.granularity
         is_cut = granularity == "block" or (granularity == "channel" and self.cut == 0)
-        return {name: Shard(self.cut if is_cut else None) for name in self.names()}
+        return Shard(self.cut if is_cut else None)
 
-    def names(self) -> list[str]:
-        """Of the scales."""
-        return [f"{_SCALE}_{index}" for index in range(self.num_scales)]
+    @property
+    def is_shared(self) -> bool:
+        """Whether scales are those of weights of several ranks, each of which has all scales."""
+        return self.cut is not None and self.scale_shard().dim is None
 
-    def scales(self) -> list[Tensor]:
-        """This rank's scales, one tensor for all parts or one for each."""
-        return [self.get_buffer(name) for name in self.names()]
+    def num_behind(self) -> int:
+        """How many numbers of the whole weight have one scale."""
+        whole_rows = sum(self.rows) * (self.tp.size if self.cut == 0 else 1)
+        whole_columns = self.columns * (self.tp.size if self.cut == 1 else 1)
+        return {"tensor": whole_rows * whole_columns, "channel": whole_columns}.get(
+            self.scheme.granularity, BLOCK * BLOCK
+        )
 
     @torch.no_grad()
     def amax(self, weight: Tensor) -> list[Tensor]:
@@ -99,29 +101,31 @@ class WeightQuantizer(nn.Module):
         found = [_largest(part, self.scheme) for part in self._parts(weight.detach().abs())]
         if self.num_scales == 1 and len(found) > 1:
             found = [torch.stack(found).amax(0)]
-        is_shared = self.cut is not None and self.shards()[self.names()[0]].dim is None
-        return [reduce_max(each.to(torch.float32), self.tp.group if is_shared else None) for each in found]
+        return [reduce_max(each.to(torch.float32), self.tp.group if self.is_shared else None) for each in found]
 
     @torch.no_grad()
     def set_amax(self, amax: Sequence[Tensor]) -> None:
         """Take the scales that follow from largest absolute values."""
-        for scale, each in zip(self.scales(), amax, strict=True):
+        for scale, each in zip(self.stored(), amax, strict=True):
             scale.copy_(scale_of(each, self.scheme.number))
 
     def forward(self, weight: Tensor) -> Tensor:
         """[out, in] of this rank -> the same, quantised and back."""
-        return fake_quantize(weight, self._expanded(), self.scheme.number)
+        scale = self.row_scales()
+        if scale.shape[1] > 1:
+            scale = scale.repeat_interleave(BLOCK, dim=1)[:, : self.columns]
+        return fake_quantize(weight, scale, self.scheme.number)
+
+    def row_scales(self) -> Tensor:
+        """One scale [1, 1], or those of this rank's rows, one [out, 1] or one for each block [out, blocks]."""
+        if self.scheme.granularity == "tensor":
+            return self.scales()[0].reshape(1, 1)
+        parts = zip(self.scales(), self.rows, strict=True)
+        whole = torch.cat([expand_rows(scale, rows) for scale, rows in parts])
+        return whole if self.is_ordered else torch.empty_like(whole).index_copy(0, self.order, whole)
 
     def _parts(self, weight: Tensor) -> Sequence[Tensor]:
         return (weight if self.is_ordered else weight[self.order]).split(self.rows)
-
-    def _expanded(self) -> Tensor:
-        """Scales of a shape that fits this rank's weight."""
-        if self.scheme.granularity == "tensor":
-            return self.scales()[0]
-        parts = zip(self.scales(), self.rows, strict=True)
-        whole = torch.cat([expand_scale(scale, (rows, self.columns)) for scale, rows in parts])
-        return whole if self.is_ordered else torch.empty_like(whole).index_copy(0, self.order, whole)
 
     def extra_repr(self) -> str:
         """The scheme."""
@@ -132,8 +136,12 @@ def expand_scale(scale: Tensor, shape: tuple[int, int]) -> Tensor:
     """Scales of a tensor [1], of channels [out, 1] or of blocks -> such as fit a weight of `shape`."""
     if scale.dim() == 1 or scale.shape == (shape[0], 1):
         return scale
-    rows = scale.repeat_interleave(BLOCK, dim=0)[: shape[0]]
-    return rows.repeat_interleave(BLOCK, dim=1)[:, : shape[1]]
+    return expand_rows(scale, shape[0]).repeat_interleave(BLOCK, dim=1)[:, : shape[1]]
+
+
+def expand_rows(scale: Tensor, num_rows: int) -> Tensor:
+    """Scales of channels [out, 1] or of blocks -> of each of the rows, [out, 1] or [out, blocks of inputs]."""
+    return scale if scale.shape[0] == num_rows else scale.repeat_interleave(BLOCK, dim=0)[:num_rows]
 
 
 def _largest(values: Tensor, scheme: Scheme) -> Tensor:
@@ -147,18 +155,8 @@ def _largest(values: Tensor, scheme: Scheme) -> Tensor:
     return padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax(dim=(1, 3))
 
 
-def reduce_max(values: Tensor, group: Group) -> Tensor:
-    """Largest values over the group; what is no number becomes infinity, which every rank then sees."""
-    values = values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
-    if group_size(group) > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
-    return values
-
-
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(Scales):
     """The scale of one activation [..., n], or how each one's scales are computed."""
-
-    scale_0: Tensor
 
     def __init__(
         self, scheme: Scheme, *, device: torch.device, group: Group = None, columns: int = BLOCK, name: str = ""
@@ -180,7 +178,7 @@ class ActivationQuantizer(nn.Module):
         # Set while a calibration looks at activations.
         self.observer: Observer | None = None
         if not scheme.is_dynamic:
-            self.register_buffer(f"{_SCALE}_0", torch.ones(1, dtype=torch.float32, device=device))
+            self.add_scales([(1,)], device=device)
         elif scheme.granularity == "block" and group_size(group) > 1 and columns % BLOCK:
             raise ConfigError(
                 f"{name}: blocks of {BLOCK} do not divide a rank's {columns} columns with tensor_model_parallel_size = "
@@ -190,7 +188,7 @@ class ActivationQuantizer(nn.Module):
     @torch.no_grad()
     def set_amax(self, amax: Tensor) -> None:
         """Take the scale that follows from the largest absolute value, [1]."""
-        self.scale_0.copy_(scale_of(amax, self.scheme.number))
+        self.stored()[0].copy_(scale_of(amax, self.scheme.number))
 
     def observe(self, x: Tensor) -> None:
         """Let the observer see what would be quantised, if one is there."""
@@ -199,32 +197,46 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> the same, quantised and back."""
-        number = self.scheme.number
+        scale, number = self.row_scales(x), self.scheme.number
+        if self.scheme.granularity != "block":
+            return fake_quantize(x, scale, number)
+        return fake_quantize(_blocks(x), scale[..., None], number).flatten(-2)[..., : x.shape[-1]]
+
+    def row_scales(self, x: Tensor) -> Tensor:
+        """One scale [1], or those of the rows of `x` [..., n], one [..., 1] or one for each block [..., blocks]."""
         if not self.scheme.is_dynamic:
-            return fake_quantize(x, self.scale_0, number)
+            return self.scales()[0]
+        sizes = (x if self.scheme.granularity == "token" else _blocks(x)).detach().abs()
         if self.scheme.granularity == "token":
-            amax = reduce_max(x.detach().abs().amax(dim=-1, keepdim=True).to(torch.float32), self.group)
-            return fake_quantize(x, scale_of(amax, number), number)
-        blocks = F.pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-        amax = blocks.detach().abs().amax(dim=-1, keepdim=True)
-        return fake_quantize(blocks, scale_of(amax, number), number).flatten(-2)[..., : x.shape[-1]]
+            amax = reduce_max(sizes.amax(dim=-1, keepdim=True).to(torch.float32), self.group)
+        else:
+            amax = sizes.amax(dim=-1)
+        return scale_of(amax, self.scheme.number)
 
     def extra_repr(self) -> str:
         """The scheme."""
         return str(self.scheme)
 
 
+def _blocks(x: Tensor) -> Tensor:
+    """[..., n] -> [..., blocks, BLOCK], the last one filled up with zeros."""
+    return F.pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+
+
 class LinearQuantizer(nn.Module):
     """The quantisers of one linear map."""
 
-    def __init__(self, weight: WeightQuantizer, activation: ActivationQuantizer) -> None:
-        """Take both."""
+    def __init__(
+        self, weight: WeightQuantizer, activation: ActivationQuantizer, gradient: GradientQuantizer | None = None
+    ) -> None:
+        """Take them; the gradient's is there where FP8 numbers are multiplied."""
         super().__init__()
-        self.weight, self.activation = weight, activation
+        self.weight, self.activation, self.gradient = weight, activation, gradient
 
     def __repr__(self) -> str:
         """One line: this is what a printed model says of each linear map."""
-        return f"weight {self.weight.scheme}; activation {self.activation.scheme}"
+        described = f"weight {self.weight.scheme}; activation {self.activation.scheme}"
+        return described if self.gradient is None else f"{described}; FP8 products, gradient {self.gradient.scheme}"
 
 
 class KeyValueQuantizer(nn.Module):

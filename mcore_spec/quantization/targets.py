@@ -23,6 +23,7 @@ from mcore_spec.conversion import as_base
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.layers.attention import TTTAttention
 from mcore_spec.layers.linear import ShardedLinear
+from mcore_spec.parallel.collectives import Group
 from mcore_spec.parallel.tensor_parallel import TensorParallel
 from mcore_spec.weights.cuts import GateUp, QueryKeyValue
 
@@ -57,6 +58,14 @@ class Target(NamedTuple):
     def weight(self) -> Tensor:
         """This rank's, [out, in]."""
         return self.module.get_parameter("weight")
+
+
+def groups_of(model: nn.Module) -> list[Group]:
+    """Ranks that see other parts of the same activations, or other conversations."""
+    if isinstance(as_base(model), MegatronBase):
+        groups: Any = model.pg_collection
+        return [groups.tp, groups.dp_cp]
+    return [dist.group.WORLD] if dist.is_initialized() else []
 
 
 def is_linear_weight(name: str) -> bool:

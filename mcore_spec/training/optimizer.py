@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.config import TrainingConfig
 from mcore_spec.parallel import cpu_runtime
+from mcore_spec.quantization.scales import LEARNED
 
 # Width of the models for which learning rates of drafts are published (Llama-3.1-8B and its like).
 REFERENCE_WIDTH = 4096
@@ -55,7 +56,7 @@ class StepResult(NamedTuple):
 def _overrides(
     model: GPTModel, config: TrainingConfig, optimizer_config: OptimizerConfig, *, feature_size: float | None
 ) -> dict[ParamKey, ParamGroupOverride]:
-    """megatron-core's own (no decay on norms and biases), and the learning rate of matrices.
+    """megatron-core's own (no decay on norms and biases), none on scales, and the learning rate of matrices.
 
     Adam's step of a matrix entry is as large as the learning rate, and a product sums over as many entries as the
     model is wide: the rate that moves outputs equally far falls with the width (Yang et al., arXiv 2203.03466). A head
@@ -65,6 +66,7 @@ def _overrides(
     base's residual stream, whose numbers are not of size one, and its outputs move in proportion to them.
     """
     overrides = get_standard_config_overrides(optimizer_config)
+    overrides[ParamKey(name=f"*.{LEARNED}_*")] = ParamGroupOverride(wd_mult=0.0)
     draft = MegatronBase(model).draft()
     if config.lr_scaling == "none" or draft is None:
         return overrides

@@ -16,7 +16,6 @@ from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.conversion import conversion_of, find_algorithm, reads_tokens
 from mcore_spec.data.batch import Batch
-from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.losses.outcome import LossOutput
 from mcore_spec.objectives.language_model import with_language_model
@@ -26,6 +25,7 @@ from mcore_spec.parallel.collectives import Group, gather_without_grad
 from mcore_spec.parallel.documents import Documents, document_multiple, row_multiple
 from mcore_spec.parallel.sharding import sharded_tensors
 from mcore_spec.parallel.tensor_parallel import SEQUENCE_DIM
+from mcore_spec.quantization.installed import quantization_of
 from mcore_spec.quantization.teacher import UnquantizedTeacher
 
 Teacher: TypeAlias = Literal["as_loaded", "unquantized"]
@@ -95,6 +95,9 @@ class DraftStep:
             )
         if self.draft is not None:
             _mark_shards(self.draft)
+            quantization = quantization_of(model)
+            if quantization is not None:
+                _mark_shards(quantization)
 
     @property
     def num_steps(self) -> int:
@@ -197,12 +200,12 @@ def check_trainable(record: CheckpointRecord) -> Task:
     return algorithm.task(algorithm.config_class.parse(record.conversion.config))
 
 
-def _mark_shards(draft: Draft) -> None:
+def _mark_shards(module: nn.Module) -> None:
     """Tell megatron-core which parameters are cut over the tensor-parallel group.
 
     It counts every other parameter once, on the first rank, when its optimizer takes the gradient's norm.
     """
-    for entry in sharded_tensors(draft):
+    for entry in sharded_tensors(module):
         if isinstance(entry.tensor, nn.Parameter) and "tensor_model_parallel" not in vars(entry.tensor):
             is_cut = entry.shard.dim is not None
             set_tensor_model_parallel_attributes(entry.tensor, is_cut, entry.shard.dim or 0, 1)

@@ -20,6 +20,7 @@ from mcore_spec.data.document import Document
 from mcore_spec.errors import CheckpointError, ConfigError, TrainingError
 from mcore_spec.losses.outcome import LossOutput
 from mcore_spec.parallel.layout import is_rank_zero, run_on_every_rank
+from mcore_spec.quantization.modes import finish_step
 from mcore_spec.training.acceptance import AcceptanceCheck
 from mcore_spec.training.linear_start import check_linear_start, fit_linear_start
 from mcore_spec.training.log import VALIDATION, Entry, Logger, ProgressBar
@@ -246,6 +247,7 @@ class Trainer:
         self.optimizer.reduce_gradients(num_rows=totals.num_rows)
         result = self.optimizer.step()
         self.step.follow_base()
+        finish_step(self.model)
         progress.iteration += 1
         progress.consumed_samples += self.global_batch_size
         progress.consumed_tokens += totals.num_tokens

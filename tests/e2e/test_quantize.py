@@ -70,6 +70,35 @@ def test_quantise_train_measure_and_export(run: Run, converted: Path, data: Path
     }
 
 
+def test_learned_scales_are_exported(run: Run, converted: Path, data: Path, tmp_path: Path) -> None:
+    quantised, trained, out = tmp_path / "quantised", tmp_path / "trained", tmp_path / "out"
+    words = quantize_words(converted, quantised, data, "--export-kv-cache-quant", "fp8", "--export-quant-cfg", "fp8")
+    assert run("quantize", *words).code == 0
+    modes = ["--learn-scales", "--fp8-compute", "--fp8-gradient-scaling", "delayed"]
+    done = run("finetune", *finetune_words(quantised, trained, data, "--train-iters", 3, *modes))
+    assert done.code == 0, done.err
+    record = find_checkpoint(trained).record.quantization
+    assert record is not None and (record.has_learned_scales, record.gradient_scaling) == (True, "delayed")
+    for others in ([], modes[:1], modes[:2]):
+        again = finetune_words(quantised, trained, data, "--train-iters", 5, *others)
+        check_refused(run("finetune", *again), "other options --learn-scales")
+    for load, name in ((quantised, "before"), (trained, "after")):
+        assert run("export", "--load", load, "--export-dir", out / name).code == 0
+    before, after = (load_file(out / name / "draft" / "model.safetensors") for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    scales = [name for name in before if name.endswith("_scale")]
+    assert len(scales) == 18
+    assert all(not torch.equal(before[name], after[name]) and bool((after[name] > 0).all()) for name in scales)
+    # Engines that join these take one of the scales.
+    for joined in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        for kind in ("weight_scale", "input_scale"):
+            assert len({float(after[f"midlayer.{each}.{kind}"]) for each in joined}) == 1
+    read = quantized_engine.read(out / "after" / "draft")
+    assert set(read.scales) == set(scales)
+    base_before, base_after = (load_file(out / name / "model.safetensors") for name in ("before", "after"))
+    assert all(torch.equal(base_before[name], base_after[name]) for name in base_before)
+
+
 def test_scales_that_need_no_data(run: Run, converted: Path, data: Path, tmp_path: Path) -> None:
     words = ["--load", converted, "--save", tmp_path / "quantised", "--export-quant-cfg", "int8_per_channel"]
     assert run("quantize", *words, "--quant-exclude", "eagle_module.*").code == 0
@@ -125,6 +154,28 @@ def cases(converted: Path, quantised: Path, data: Path, save: Path) -> dict[str,
             "finetune",
             finetune_words(quantised, save, data, "--train-iters", 1, "--fit-start", 1),
             ("--fit-start 1", "has scales for"),
+        ),
+        "FP8 products of nothing": (
+            "finetune",
+            finetune_words(converted, save, data, "--train-iters", 1, "--fp8-compute"),
+            ("--fp8-compute", "is not quantised"),
+        ),
+        "learned scales of nothing": (
+            "finetune",
+            finetune_words(converted, save, data, "--train-iters", 1, "--learn-scales"),
+            ("--learn-scales", "is not quantised"),
+        ),
+        "a backend of nothing": (
+            "finetune",
+            finetune_words(quantised, save, data, "--train-iters", 1, "--fp8-backend", "torch"),
+            ("--fp8-backend", "without --fp8-compute"),
+        ),
+        "a backend that is not there": (
+            "finetune",
+            finetune_words(
+                quantised, save, data, "--train-iters", 1, "--fp8-compute", "--fp8-backend", "transformer_engine"
+            ),
+            ("fp8_backend = transformer_engine", "choose fp8_backend = torch"),
         ),
         "no other teacher": (
             "finetune",

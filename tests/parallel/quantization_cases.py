@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.store import find_checkpoint, load_checkpoint, make_record, save_checkpoint
-from mcore_spec.config.quantization import KV_CACHE_FP8, CalibrationMethod, Recipe, find_recipe
+from mcore_spec.config.quantization import KV_CACHE_FP8, CalibrationMethod, GradientScaling, Recipe, find_recipe
 from mcore_spec.conversion import convert
 from mcore_spec.data.batch import make_batch
 from mcore_spec.errors import McoreSpecError
@@ -19,6 +19,7 @@ from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.parallel.sharding import gather_whole, sharded_tensors
 from mcore_spec.quantization.calibrate import quantize
 from mcore_spec.quantization.installed import quantization_of
+from mcore_spec.quantization.modes import compute_in_fp8, learn_scales
 from mcore_spec.training.step import DraftStep
 from tests.parallel.checkpoint_cases import identity
 from tests.parallel.trainer_cases import CORPUS, see_corpus
@@ -94,6 +95,37 @@ def teachers(*, directory: Path, layout: Layout, recipe: Recipe) -> dict[str, An
             "is the one before": features.teacher is not None and torch.equal(features.teacher, before.last),
             "is another": not torch.equal(features.last, before.last),
         }
+
+
+def trained_in(*, directory: Path, layout: Layout, name: str, scaling: GradientScaling | None) -> dict[str, Any]:
+    """Loss and gradients of draft and learned scales, by FP8 products if a scaling is given."""
+    with parallel_runtime(layout):
+        model = quantized(directory, layout, recipe_of(name, with_kv=True))
+        learn_scales(model)
+        quantization = quantization_of(model)
+        assert quantization is not None
+        quantization.double()
+        compute_in_fp8(model, scaling)
+        found = loss_and_gradients(model)
+        if found is not None:
+            found["scales"] = {
+                entry.name: gather_whole(entry.tensor.grad, entry.shard, quantization.tp)
+                for entry in sharded_tensors(quantization)
+                if entry.tensor.grad is not None
+            }
+            found["learned"] = [name for name, _ in quantization.named_parameters(remove_duplicate=False)]
+        return found or {}
+
+
+def modes_refused(*, directory: Path, layout: Layout, recipe: Recipe | None, scaling: GradientScaling) -> str | None:
+    """What FP8 products say of a model with these sizes."""
+    with parallel_runtime(layout):
+        model = drafted(directory, layout) if recipe is None else quantized(directory, layout, recipe)
+        try:
+            compute_in_fp8(model, scaling)
+        except McoreSpecError as error:
+            return str(error)
+        return None
 
 
 def quantize_in(

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.store import Checkpoint, find_checkpoint, load_checkpoint, make_record
 from mcore_spec.config import TrainingConfig
-from mcore_spec.config.quantization import find_recipe
+from mcore_spec.config.quantization import GradientScaling, find_recipe
 from mcore_spec.conversion import convert
 from mcore_spec.data.batch import Batch, DataParallelBatches, Document, make_batch
 from mcore_spec.data.packing import SampleStream
@@ -28,6 +28,8 @@ from mcore_spec.errors import ConfigError, TrainingError
 from mcore_spec.parallel.layout import Layout, is_rank_zero, num_data_ranks, parallel_runtime
 from mcore_spec.parallel.sharding import gather_whole, sharded_tensors
 from mcore_spec.quantization.calibrate import quantize
+from mcore_spec.quantization.installed import quantization_of
+from mcore_spec.quantization.modes import compute_in_fp8, learn_scales
 from mcore_spec.training.calibration import CalibrationLoop
 from mcore_spec.training.log import JsonLinesLogger, Logger
 from mcore_spec.training.megatron_lm import MegatronForwardStep
@@ -65,6 +67,8 @@ class Run(NamedTuple):
         draft: fields of the draft's configuration.
         options: of `TrainingConfig`.
         recipe: by which base and draft are quantised.
+        gradient_scaling: of linear maps that multiply FP8 numbers; ``None``: nothing does.
+        learns_scales: whether the draft's scales are trained.
     """
 
     layout: Layout
@@ -73,6 +77,8 @@ class Run(NamedTuple):
     draft: dict[str, Any] = {}
     options: dict[str, Any] = {}
     recipe: str | None = None
+    gradient_scaling: GradientScaling | None = None
+    learns_scales: bool = False
 
 
 CORPUS = Corpus((9, 12, 16, 5, 7, 16, 3, 11, 8, 14, 6, 10))
@@ -126,6 +132,15 @@ def converted(directory: Path, run: Run) -> GPTModel:
     convert(model, run.draft or [("eagle", {})], d2t=draft_to_target() if run.has_d2t else None)
     if run.recipe is not None:
         quantize(model, run.recipe, see_corpus if find_recipe(run.recipe).is_calibrated else None)
+    return set_up(model, run)
+
+
+def set_up(model: GPTModel, run: Run, *, is_resumed: bool = False) -> GPTModel:
+    """The ways of a quantised model to be trained."""
+    if run.recipe is not None:
+        compute_in_fp8(model, run.gradient_scaling, is_resumed=is_resumed)
+    if run.learns_scales:
+        learn_scales(model)
     return model
 
 
@@ -199,7 +214,7 @@ def interrupted_and_not(*, run: Run, directory: Path, save: Path) -> dict[str, A
 
         checkpoint = find_checkpoint(save / "parts")
         assert checkpoint.iteration == 3
-        resumed = load_checkpoint(checkpoint, run.layout)
+        resumed = set_up(load_checkpoint(checkpoint, run.layout), run, is_resumed=True)
         second = trainer_of(resumed, config, save / "parts", resume_from=checkpoint)
         progress = second.run(loggers_of(save / "parts", checkpoint.iteration))
 
@@ -231,7 +246,7 @@ def load_and_train(*, run: Run, save: Path) -> dict[str, Any]:
     """What `train_and_save` saved, in this layout, and one more step."""
     with parallel_runtime(run.layout):
         checkpoint = find_checkpoint(save)
-        model = load_checkpoint(checkpoint, run.layout)
+        model = set_up(load_checkpoint(checkpoint, run.layout), run, is_resumed=True)
         loaded = whole_draft(model)
         trainer = trainer_of(model, config_of(run), save, resume_from=checkpoint)
         trainer.train_step()
@@ -242,9 +257,14 @@ def whole_draft(model: GPTModel) -> dict[str, Tensor] | None:
     draft = MegatronBase(model).draft()
     if draft is None:
         return None
+    modules: list[nn.Module] = [draft]
+    quantization = quantization_of(model)
+    if quantization is not None:
+        modules.append(quantization)
     return {
         entry.name: gather_whole(entry.tensor, entry.shard, draft.tp).detach().clone()
-        for entry in sharded_tensors(draft)
+        for module in modules
+        for entry in sharded_tensors(module)
     }
 
 
