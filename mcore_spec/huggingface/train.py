@@ -51,6 +51,10 @@ def run(arguments: DraftArguments, training: TrainingArguments, *, say: Callable
     output = _find_output(arguments, training)
     if (training.eval_strategy != "no") != bool(arguments.eval_data_path):
         raise ConfigError("--eval_strategy and --eval_data_path need each other; give both or neither")
+    if arguments.eval_data_path and arguments.offline_data is not None:
+        raise ConfigError(
+            "--eval_data_path with --offline_data: the base does not run; measure with ar_validate.py"
+        )
     file = ConfigFile({}, where=f"{arguments.mode} config")
     if arguments.eagle_config is not None:
         file = read_config_file(Path(arguments.eagle_config), name="--eagle_config")
@@ -75,9 +79,10 @@ def run(arguments: DraftArguments, training: TrainingArguments, *, say: Callable
         )
 
     data = Data(ConversationDataset(store(arguments.data_path)), DraftCollator()) if arguments.data_path else None
-    trainer = _trainer(model, tokenizer, training, data or _stored(arguments, model, directory))
+    data = data or _stored(arguments, model, directory)
     if arguments.eval_data_path:
-        trainer.eval_dataset = ConversationDataset(store(arguments.eval_data_path))
+        data = data._replace(measured=ConversationDataset(store(arguments.eval_data_path)))
+    trainer = _trainer(model, tokenizer, training, data)
     checkpoint = _newest_checkpoint(output)
     if checkpoint is None:
         start = trainer.fit_start(arguments.fit_start)
@@ -147,10 +152,11 @@ def _mode(mode: str, file: ConfigFile) -> list[tuple[str, Any]]:
 
 
 class Data(NamedTuple):
-    """What is learned from, and how it is made into batches."""
+    """What is learned from, how it is made into batches, and what is measured on between, if anything is."""
 
     dataset: Dataset[Any]
     collator: DraftCollator | StatesCollator
+    measured: ConversationDataset | None = None
 
 
 def _stored(arguments: DraftArguments, model: PreTrainedModel, directory: Path) -> Data:
@@ -176,6 +182,7 @@ def _trainer(model: PreTrainedModel, tokenizer: Tokenizer, training: TrainingArg
         args=training,
         processing_class=cast(Any, tokenizer),
         train_dataset=data.dataset,
+        eval_dataset=data.measured,
         data_collator=data.collator,
     )
     size = trainer.get_cp_size()

@@ -140,7 +140,7 @@ def test_bad_input(base: Path, conversations: Path, tmp_path: Path, extra: list[
 def short_run(base: Path, conversations: Path, output: Path, **options: Any) -> list[str]:
     """A run in this process, a checkpoint a step; what it says."""
     said: list[str] = []
-    draft = {name: options.pop(name) for name in ("mode", "fit_start") if name in options}
+    draft = {name: options.pop(name) for name in ("mode", "fit_start", "eval_data_path") if name in options}
     arguments = DraftArguments(
         model_name_or_path=str(base), data_path=[str(conversations)], training_seq_len=64, **draft
     )
@@ -163,6 +163,24 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint(base: Path, conversations:
         assert trained.fingerprint() == expected
     with pytest.raises(CheckpointError, match="trains another draft than --mode and --eagle_config say"):
         short_run(base, conversations, out, mode="medusa")
+
+
+def test_a_run_is_measured_between(base: Path, conversations: Path, tmp_path: Path) -> None:
+    """And the best of its checkpoints is what is written."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    short_run(base, conversations, tmp_path / "out", eval_data_path=[str(conversations)], **options)
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    assert sorted(losses) == [1, 2] and state["best_metric"] == min(losses.values())
+    with WeightDirectory(Path(state["best_model_checkpoint"])) as best, WeightDirectory(tmp_path / "out") as written:
+        assert written.fingerprint() == best.fingerprint()
+
+
+def test_stored_states_are_not_measured_between(base: Path, tmp_path: Path) -> None:
+    arguments = DraftArguments(model_name_or_path=str(base), offline_data="states", eval_data_path=["more.jsonl"])
+    training = TrainingArguments(output_dir=str(tmp_path), eval_strategy="epoch", use_cpu=True)
+    with pytest.raises(ConfigError, match="--eval_data_path with --offline_data.*ar_validate.py"):
+        train(arguments, training, say=lambda _line: None)
 
 
 def test_places_that_are_not_written_to(base: Path, conversations: Path, tmp_path: Path) -> None:
