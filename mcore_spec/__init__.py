@@ -27,6 +27,7 @@ _PUBLIC = MappingProxyType(
         "export_draft": "mcore_spec.export.draft",
         "export_speculative_decoding": "mcore_spec.huggingface.drafts",
         "find_checkpoint": "mcore_spec.checkpoint.store",
+        "fit_start": "mcore_spec.huggingface.linear_start",
         "load_checkpoint": "mcore_spec.checkpoint.store",
         "make_record": "mcore_spec.checkpoint.store",
         "parallel_runtime": "mcore_spec.parallel.layout",

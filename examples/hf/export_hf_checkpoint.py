@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 
-from transformers import AutoModelForCausalLM
-
 import mcore_spec
 from mcore_spec.cli.terminal import say, say_error
 from mcore_spec.errors import McoreSpecError
+from mcore_spec.huggingface.checkpointing import load_model
 
 
 def main() -> int:
@@ -22,17 +21,15 @@ def main() -> int:
     parser.add_argument("--export_format", choices=["hf", "speculators"], default="hf", help="whose form (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     given = parser.parse_args()
-    mcore_spec.enable_huggingface_checkpointing()
     try:
-        model = AutoModelForCausalLM.from_pretrained(given.model_path)
         mcore_spec.export_speculative_decoding(
-            model, export_dir=given.export_path, export_format=given.export_format, overwrite=given.overwrite
+            load_model(given.model_path),
+            export_dir=given.export_path,
+            export_format=given.export_format,
+            overwrite=given.overwrite,
         )
     except McoreSpecError as error:
         say_error(str(error))
-        return 2
-    except OSError as error:
-        say_error(f"{' '.join(str(error).split())}; give the directory of a model that main.py saved")
         return 2
     say(f"wrote {given.export_path}")
     return 0

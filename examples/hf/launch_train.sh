@@ -38,6 +38,10 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
         fail "--use_fsdp True and --cp_size above 1 need GPUs, accelerate shards on them alone; leave them out"
 elif [[ "$num_gpu" != 1 ]]; then
     launch+=(--multi_gpu)
+else
+    # Of several GPUs Trainer would take all into one process.
+    visible="${CUDA_VISIBLE_DEVICES:-0}"
+    export CUDA_VISIBLE_DEVICES="${visible%%,*}"
 fi
 if [[ "$cp_size" != 1 || "$use_fsdp" == True ]]; then
     launch+=(--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP)

@@ -4,27 +4,32 @@
         --mode eagle3 --eagle_config config.json --num_train_epochs 1 --learning_rate 1e-4
 
 Every option of transformers' TrainingArguments is known too; `--help` lists all. A run that was interrupted goes on
-when the same command is given again.
+from its last checkpoint when the same command is given again.
 """
 
 from __future__ import annotations
 
-from transformers import HfArgumentParser, TrainingArguments
+import sys
 
-from mcore_spec.cli.terminal import say_error
+from mcore_spec.cli.terminal import say, say_error
 from mcore_spec.errors import McoreSpecError
-from mcore_spec.huggingface.train import DraftArguments, run
+from mcore_spec.huggingface.arguments import parse_arguments
+from mcore_spec.huggingface.train import run
+
+STOPPED = 130
 
 
 def main() -> int:
     """Returns the exit code: 0, or 2 behind one line that says what the user can repair."""
-    parser = HfArgumentParser((DraftArguments, TrainingArguments))
-    arguments, training = parser.parse_args_into_dataclasses()
     try:
-        run(arguments, training)
+        arguments, training = parse_arguments(sys.argv[1:], description=__doc__)
+        run(arguments, training, say=say)
     except McoreSpecError as error:
         say_error(str(error))
         return 2
+    except KeyboardInterrupt:
+        say_error("stopped; the same command goes on from the last checkpoint (--save_strategy, --save_steps)")
+        return STOPPED
     return 0
 
 

@@ -25,7 +25,7 @@ from mcore_spec.bases.transformers_config import describe_hf
 from mcore_spec.config import BaseArchitecture
 from mcore_spec.config.base import HF_FAMILIES
 from mcore_spec.drafts.draft import Draft
-from mcore_spec.errors import UnsupportedError
+from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.layers.rotary import RotaryEmbedding
 from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.layout import is_rank_zero
@@ -69,6 +69,21 @@ class TransformersBase:
         """Whether this rank writes for all: each has the whole model."""
         return is_rank_zero()
 
+    def check_vocabulary(self) -> None:
+        """Refuse a model whose embedding or head is another one than when this view of it was made.
+
+        Raises:
+            ConfigError: it was resized, or replaced.
+        """
+        model, vocab_size = self.model, self.architecture.vocab_size
+        is_same = model.get_input_embeddings() is self.embedding and model.get_output_embeddings() is self.head
+        found = cast(Tensor, self.head.weight).shape[0]
+        if not is_same or found != vocab_size:
+            raise ConfigError(
+                f"embedding or head of the {type(model).__name__} are not those that its draft was made for, with "
+                f"{vocab_size} tokens; resize_token_embeddings, and whatever else replaces them, comes before convert"
+            )
+
     def draft(self) -> Draft | None:
         """The attached draft, if there is one."""
         drafts = [child for child in self.model.children() if isinstance(child, Draft)]
@@ -95,6 +110,12 @@ class TransformersBase:
             )
         return device
 
+    @property
+    def _entrance(self) -> torch.device:
+        """Where token ids go in; from an offloaded embedding accelerate's hooks send them on."""
+        device = self.embedding_weight().device
+        return self.device if device.type == "meta" else device
+
     def head_weight(self) -> Tensor:
         """The head, [vocabulary, h].
 
@@ -117,7 +138,7 @@ class TransformersBase:
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:
         """[b, s] -> frozen embeddings [s, b, h]. Through the module: it may have to gather its weight first."""
-        embedded: Tensor = self.embedding(token_ids.to(self.embedding_weight().device))
+        embedded: Tensor = self.embedding(token_ids.to(self._entrance))
         return embedded.transpose(0, 1).to(self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -145,7 +166,7 @@ class TransformersBase:
     @torch.no_grad()
     def last_layer_weights(self) -> dict[str, Tensor]:
         """Weights of the last decoder layer under the names of a draft's layer, which are transformers'."""
-        weights = {name: weight.detach() for name, weight in self.layers[-1].named_parameters()}
+        weights = _whole_parameters(self.layers[-1])
         fused = weights.pop("self_attn.qkv_proj.weight", None)
         if fused is not None:
             base = self.architecture
@@ -173,7 +194,7 @@ class TransformersBase:
         """
         assert token_ids.shape[0] == 1, "documents lie in one packed row"
         documents = Documents((0, token_ids.shape[1])) if documents is None else documents
-        token_ids = token_ids.to(self.embedding_weight().device)
+        token_ids = token_ids.to(self._entrance)
         positions = documents.local_rows(token_ids.device).positions
         with ExitStack() as stack:
             stack.enter_context(_without_dropout(self.decoder))
@@ -198,7 +219,7 @@ class TransformersBase:
     @contextmanager
     def _with_table_of_each_document(self, documents: Documents) -> Iterator[None]:
         """LongRoPE's table is chosen by each document's length, where transformers takes one for all rows."""
-        self.rotary.to(self.embedding_weight().device)
+        self.rotary.to(self._entrance)
 
         def angles(_rotary: nn.Module, inputs: tuple[Tensor, ...], _output: object) -> tuple[Tensor, Tensor]:
             hidden = inputs[0]
@@ -271,6 +292,21 @@ def _find_final_norm(decoder: nn.Module, model: nn.Module, *, hidden_size: int) 
             f"with a weight of hidden_size = {hidden_size} is looked for; {_REMEDY}"
         )
     return norms[0]
+
+
+def _whole_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter by name; those that accelerate offloaded are read."""
+    found: dict[str, Tensor] = {}
+    for prefix, each in module.named_modules():
+        own = dict(each.named_parameters(prefix, recurse=False))
+        if any(parameter.device.type == "meta" for parameter in own.values()):
+            # Whoever offloads has accelerate.
+            from accelerate.utils import align_module_device
+
+            with align_module_device(each):
+                own = dict(each.named_parameters(prefix, recurse=False))
+        found |= {name: parameter.detach() for name, parameter in own.items()}
+    return found
 
 
 @contextmanager

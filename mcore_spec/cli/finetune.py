@@ -26,6 +26,7 @@ from mcore_spec.data.hidden_states.streamed import Notices, notices_to_extractio
 from mcore_spec.data.sources import open_source
 from mcore_spec.errors import CheckpointError, ConfigError, UnsupportedError
 from mcore_spec.evaluation.prompts import TokenizerPrompts
+from mcore_spec.objectives.linear_start import check_linear_start, num_default_rows
 from mcore_spec.objectives.objective import Task
 from mcore_spec.parallel.imagined import imagined_world_size
 from mcore_spec.parallel.layout import (
@@ -44,7 +45,6 @@ from mcore_spec.planning.shapes import ModelShape
 from mcore_spec.quantization.installed import quantization_of
 from mcore_spec.quantization.modes import compute_in_fp8, learn_scales
 from mcore_spec.training.data import Conversations
-from mcore_spec.training.linear_start import check_linear_start, num_default_rows
 from mcore_spec.training.log import Entry, Logger, brief, check_loggers, draw_curves, open_loggers, say_above_bar
 from mcore_spec.training.signals import StoppedEarly
 from mcore_spec.training.step import check_trainable

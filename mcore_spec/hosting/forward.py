@@ -15,32 +15,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers.utils import ModelOutput
 
-from mcore_spec.bases.features import Features
 from mcore_spec.bases.transformers import TransformersBase
-from mcore_spec.data.batch import Batch, make_batch
-from mcore_spec.data.noise import draw_noise_key
-from mcore_spec.data.seeds import RandomUse, random_state
-from mcore_spec.errors import ConfigError, UnsupportedError
+from mcore_spec.errors import ConfigError
+from mcore_spec.hosting.base_run import AUX_STATES, LAST_STATES, run_base
 from mcore_spec.hosting.context import context_group
-from mcore_spec.hosting.rows import NO_LABEL, TokenBatch, TokenRows, join_shards, read_rows
+from mcore_spec.hosting.rows import NO_LABEL, TokenBatch, TokenRows
 from mcore_spec.losses.outcome import LossOutput
 from mcore_spec.objectives.objective import Task
 from mcore_spec.parallel.collectives import Group, group_size
-from mcore_spec.parallel.documents import Documents
 
 # What Trainer counts, and what it counts in: see `DraftedForward`.
 _COUNTS = ("num_items_in_batch", "shift_labels")
-# Hidden states of the base, where it does not run: see `DraftedForward`.
-LAST_STATES, AUX_STATES = "last_hidden_states", "aux_hidden_states"
 # What a call may have beside the arguments of the model's own forward.
 _FURTHER = (*_COUNTS, LAST_STATES, AUX_STATES)
-# Options of a plain forward that change nothing about the draft's loss.
-_WITHOUT_EFFECT = frozenset({"use_cache", "return_dict", "shift_labels"})
-_TOKENS = ("input_ids", "labels", "attention_mask", "position_ids")
-_SEED_BITS = 62
 
 
 @dataclass
@@ -68,13 +57,6 @@ class _Judged(NamedTuple):
     rows: Tensor
     correct: Tensor
     accepted: Tensor
-
-
-class _Given(NamedTuple):
-    """Hidden states of the base that a call brought along; `last` is ``None`` where the base runs."""
-
-    aux: Tensor | None
-    last: Tensor | None
 
 
 class DraftedForward:
@@ -119,7 +101,7 @@ class DraftedForward:
             if self.base.model.training and torch.is_grad_enabled():
                 raise ConfigError(
                     "labels are missing in a training step: a draft learns from them; give the tokens, with -100 where "
-                    "nothing is learned"
+                    "nothing is learned (Trainer's label_smoothing_factor takes them away: leave it at 0)"
                 )
             for name in _FURTHER:
                 call.pop(name, None)
@@ -129,24 +111,14 @@ class DraftedForward:
 
     def _run(self, call: dict[str, Any]) -> DraftedOutput:
         divisor = _number(call.pop("num_items_in_batch", None))
-        given = _Given(aux=call.pop(AUX_STATES, None), last=call.pop(LAST_STATES, None))
-        batch = _token_batch(call)
         group = context_group()
-        rows = self._rows(join_shards(batch, group))
         task, draft = self.make_task(), self.base.draft()
         assert draft is not None, "the forward is installed with the draft"
-        packed = self._pack(rows, task, group).to(self.base.device)
-        documents = Documents(packed.bounds, lengths=packed.lengths, group=group)
-        if given.last is None:
-            features = self.base.features(packed.token_ids[None], aux_layer_ids=task.aux_layer_ids, documents=documents)
-        else:
-            features = self._stored(given, rows, batch, task, group)
-        # The draft computes in the dtype of its weights; autocast, where it is on, is the base's.
-        features = _cast(features, self.base.head_weight().dtype)
+        run = run_base(self.base, task, call, group=group)
         recompute = self.base.model.is_activation_checkpointing and torch.is_grad_enabled()
-        with torch.autocast(features.last.device.type, enabled=False):
+        with torch.autocast(run.features.last.device.type, enabled=False):
             objective = task.make_objective(self.base, draft, recompute=recompute)
-            outcome = objective(packed, documents, features)
+            outcome = objective(run.packed, run.documents, run.features)
         judged = _judge(outcome, group)
         counted = judged.rows.clamp(min=1)
         # A rank's loss is its share times the ranks: gradients, and Trainer's report, are means over them.
@@ -157,58 +129,9 @@ class DraftedForward:
             acceptance_length=1 + judged.accepted / counted[0],
         )
         if not self.base.model.training and group_size(group) == 1:
-            output.logits = self._logits(features.last[:, 0], rows, batch)
-            output.lm_loss = self._lm_loss(output.logits, rows, batch)
+            output.logits = self._logits(run.features.last[:, 0], run.rows, run.tokens)
+            output.lm_loss = self._lm_loss(output.logits, run.rows, run.tokens)
         return output
-
-    def _rows(self, batch: TokenBatch) -> TokenRows:
-        config = self.base.model.config
-        pad, end = config.pad_token_id, config.eos_token_id
-        ends = frozenset(end if isinstance(end, list | tuple) else [] if end is None else [end])
-        return read_rows(batch, pad_token_id=pad, end_token_ids=ends)
-
-    def _pack(self, rows: TokenRows, task: Task, group: Group) -> Batch:
-        """One row of documents; what is drawn comes from torch's generator, whose state Trainer's checkpoints keep."""
-        documents, size = rows.documents, group_size(group)
-        draws = self.base.model.training and torch.is_grad_enabled()
-        mixing = noise_keys = None
-        if draws and (task.mixes_hidden_states or task.draws_noise):
-            seed = _draw_seed(group)
-            numbers = range(len(documents))
-            if task.mixes_hidden_states:
-                mixing = [random_state(seed, RandomUse.MIXING, number) for number in numbers]
-            if task.draws_noise:
-                noise_keys = [draw_noise_key(random_state(seed, RandomUse.NOISE, number)) for number in numbers]
-        return make_batch(
-            documents,
-            num_steps=task.num_steps,
-            document_multiple=1 if size == 1 else 2 * size,
-            row_multiple=size,
-            num_samples=len(documents),
-            mixing=mixing,
-            noise_keys=noise_keys,
-        )
-
-    def _stored(self, given: _Given, rows: TokenRows, batch: TokenBatch, task: Task, group: Group) -> Features:
-        """Given states [b, s, ...] -> those of the documents' rows, [tokens, 1, ...]."""
-        if group_size(group) > 1 or isinstance(self.base.model, FSDPModule):
-            raise UnsupportedError(
-                f"{LAST_STATES} under FSDP or context parallelism, which follow the base's layers; train on stored "
-                "states with plain data parallelism"
-            )
-        sizes = {LAST_STATES: self.base.architecture.hidden_size}
-        sizes[AUX_STATES] = len(task.aux_layer_ids) * sizes[LAST_STATES]
-        places = torch.from_numpy(rows.places).to(self.base.device)
-
-        def taken(name: str, states: Tensor | None) -> Tensor:
-            shape = [*batch.input_ids.shape, sizes[name]]
-            if states is None or list(states.shape) != shape:
-                found = "missing" if states is None else f"of shape {list(states.shape)}"
-                raise ConfigError(f"{name} is {found}; this draft reads {shape}, a row for each token")
-            return states.to(self.base.device).flatten(0, 1)[places][:, None]
-
-        aux = taken(AUX_STATES, given.aux) if task.aux_layer_ids else None
-        return Features(aux=aux, last=taken(LAST_STATES, given.last))
 
     @torch.no_grad()
     def _logits(self, last: Tensor, rows: TokenRows, batch: TokenBatch) -> Tensor:
@@ -238,47 +161,11 @@ def _flat(of: Signature, args: tuple[Any, ...], options: dict[str, Any]) -> dict
     return call
 
 
-def _token_batch(call: dict[str, Any]) -> TokenBatch:
-    """The tokens of a call.
-
-    Raises:
-        ConfigError: no token ids, a mask of more than two dimensions, or an option that has no effect here.
-    """
-    ignored = [name for name, value in call.items() if name not in (*_TOKENS, *_WITHOUT_EFFECT) and _is_set(value)]
-    if call.get("input_ids") is None or ignored:
-        what = f"{', '.join(ignored)} given beside labels" if ignored else "labels without input_ids"
-        raise ConfigError(
-            f"{what}: the draft's loss takes input_ids, labels, attention_mask [batch, sequence] and position_ids"
-        )
-    tokens: dict[str, Any] = {name: call.get(name) for name in _TOKENS}
-    return TokenBatch(**tokens)
-
-
-def _is_set(value: object) -> bool:
-    """Whether an option differs from being left out."""
-    return isinstance(value, Tensor) or (value is not None and value is not False and value != 0)
-
-
 def _number(value: Tensor | float | None) -> float | Tensor | None:
     """Trainer counts nothing where no label is set."""
     if value is None:
         return None
     return value.clamp(min=1) if isinstance(value, Tensor) else max(value, 1)
-
-
-def _cast(features: Features, dtype: torch.dtype) -> Features:
-    aux = None if features.aux is None else features.aux.to(dtype)
-    return Features(aux=aux, last=features.last.to(dtype))
-
-
-def _draw_seed(group: Group) -> int:
-    """The same on every rank that shares the rows."""
-    seed = torch.randint(2**_SEED_BITS, (1,))
-    if group is not None and group_size(group) > 1:
-        values: list[Any] = [int(seed)]
-        dist.broadcast_object_list(values, src=dist.get_global_rank(group, 0), group=group)
-        return int(values[0])
-    return int(seed)
 
 
 def _judge(outcome: LossOutput, group: Group) -> _Judged:

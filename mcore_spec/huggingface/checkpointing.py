@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mcore_spec.config import ALGORITHMS
 from mcore_spec.config.quantization import QuantizationRecord
@@ -28,7 +30,9 @@ from mcore_spec.weights.hf_config import locate
 from mcore_spec.weights.safetensors_io import WeightDirectory
 
 # Options of from_pretrained that say which files are meant.
-_REVISION, _SUBFOLDER = "revision", "subfolder"
+_REVISION, _SUBFOLDER, _VARIANT = "revision", "subfolder", "variant"
+# Where a class of transformers lists tensors that it does not report.
+_IGNORED = "_keys_to_ignore_on_load_unexpected"
 
 
 def enable_huggingface_checkpointing() -> None:
@@ -40,6 +44,27 @@ def enable_huggingface_checkpointing() -> None:
     if isinstance(current, _RestoringDrafts):
         return
     PreTrainedModel.from_pretrained = _RestoringDrafts(current)  # type: ignore[method-assign, assignment]
+
+
+def load_model(directory: Path | str, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """A causal language model, with its draft where it was saved with one.
+
+    Args:
+        directory: Hugging Face's files.
+        dtype: of the weights; "auto": as stored.
+
+    Raises:
+        CheckpointError: files that transformers cannot load, or a draft that is not as recorded.
+    """
+    enable_huggingface_checkpointing()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{directory}: transformers cannot load it ({reason}); give a model that is whole"
+        ) from error
+    return model
 
 
 class _RestoringDrafts:
@@ -68,17 +93,16 @@ class _RestoringDrafts:
 @contextmanager
 def _ignoring_drafts(owner: type[PreTrainedModel]) -> Iterator[None]:
     """A draft's tensors, and scales, are none that transformers would report as unexpected."""
-    before = owner.__dict__.get("_keys_to_ignore_on_load_unexpected")
+    own = {name: value for name, value in vars(owner).items() if name == _IGNORED}
     children = [*(find_algorithm(name).child_name for name in ALGORITHMS), CHILD]
     patterns = [rf"^{name}\." for name in children]
     owner._keys_to_ignore_on_load_unexpected = [*(owner._keys_to_ignore_on_load_unexpected or []), *patterns]
     try:
         yield
     finally:
-        if before is None and "_keys_to_ignore_on_load_unexpected" in owner.__dict__:
-            del owner._keys_to_ignore_on_load_unexpected
-        else:
-            owner._keys_to_ignore_on_load_unexpected = before
+        delattr(owner, _IGNORED)
+        for name, value in own.items():
+            setattr(owner, name, value)
 
 
 def _restore_draft(model: PreTrainedModel, name: Any, options: dict[str, Any]) -> None:
@@ -122,6 +146,11 @@ def _restore_quantization(model: PreTrainedModel, name: Any, options: dict[str, 
 
 def _directory(name: Any, options: dict[str, Any]) -> Path:
     """Where the files are."""
+    if options.get(_VARIANT) is not None:
+        raise ConfigError(
+            f"variant = {options[_VARIANT]!r} of {name}: drafts and scales are read from files without a variant; save "
+            "it without one"
+        )
     if not Path(name).is_dir() and options.get(_REVISION) not in (None, "main"):
         raise ConfigError(
             f"revision = {options[_REVISION]!r} of {name}: drafts are read from the main revision of a hub repository; "

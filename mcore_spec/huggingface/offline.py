@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from mcore_spec.bases.transformers import TransformersBase
 from mcore_spec.data.document import Document
 from mcore_spec.data.hidden_states import StatesStore
-from mcore_spec.hosting.forward import AUX_STATES, LAST_STATES
+from mcore_spec.hosting.base_run import AUX_STATES, LAST_STATES
 from mcore_spec.huggingface.data import DraftCollator
 
 

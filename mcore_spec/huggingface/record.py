@@ -57,7 +57,16 @@ def describe_drafted(model: nn.Module, given: CheckpointRecord | None) -> Checkp
 
 
 def _identity(base: TransformersBase) -> BaseIdentity:
-    """The fingerprint is that of the files that transformers would write: a tied head is not among them."""
+    """The fingerprint is that of the files that transformers would write: a tied head is not among them.
+
+    Raises:
+        ConfigError: weights that are offloaded.
+    """
+    if any(tensor.device.type == "meta" for tensor in base.model.state_dict().values()):
+        raise ConfigError(
+            f"the {type(base.model).__name__} is offloaded in part, and what is written says which base it is for, by "
+            "its weights; save_pretrained it, and go on from that without offloading"
+        )
     config: dict[str, Any] = json.loads(base.model.config.to_json_string())
     known = config.pop(CONFIG_KEY)
     config.pop(QUANTIZATION_KEY, None)

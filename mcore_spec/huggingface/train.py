@@ -1,18 +1,16 @@
-"""One training run of a draft on a transformers model: load, convert, train with Trainer, save.
-
-The run's own options are below; everything else is transformers' `TrainingArguments`.
-"""
+"""One training run of a draft on a transformers model: load, convert, train with Trainer, save."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mcore_spec.bases.transformers import TransformersBase
 from mcore_spec.config.files import ConfigFile, read_config_file
@@ -21,49 +19,18 @@ from mcore_spec.data.chat import Tokenizer, load_tokenizer
 from mcore_spec.data.hidden_states.fit import check_tokenizer_of, open_states
 from mcore_spec.data.store import TokenStore, build_token_store
 from mcore_spec.drafts.vocab_map import load_draft_to_target
-from mcore_spec.errors import ConfigError
-from mcore_spec.huggingface.checkpointing import enable_huggingface_checkpointing
+from mcore_spec.errors import CheckpointError, ConfigError
+from mcore_spec.hosting.key import CONFIG_KEY
+from mcore_spec.huggingface.arguments import DraftArguments
+from mcore_spec.huggingface.checkpointing import load_model
 from mcore_spec.huggingface.data import ConversationDataset, DraftCollator
 from mcore_spec.huggingface.offline import StatesCollator, StatesDataset
 from mcore_spec.huggingface.trainer import DraftTrainer
 from mcore_spec.weights.base_directory import find_base
-from mcore_spec.weights.hf_config import locate
+from mcore_spec.weights.hf_config import locate, read_hf_config
 
 
-@dataclass(kw_only=True)
-class DraftArguments:
-    """Model, data and draft."""
-
-    model_name_or_path: str = field(metadata={"help": "Directory or hub id of the base model."})
-    data_path: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Conversations: .jsonl, .json or .parquet files, or Hugging Face datasets."},
-    )
-    eval_data_path: list[str] = field(default_factory=list, metadata={"help": "Conversations for --eval_strategy."})
-    mode: Literal["eagle3", "eagle1", "eagle-mtp", "medusa"] = field(
-        default="eagle3", metadata={"help": "Kind of draft."}
-    )
-    eagle_config: str | None = field(
-        default=None,
-        metadata={"help": "JSON file of the draft's configuration, whole or the architecture alone."},
-    )
-    draft_vocab_cache: str | None = field(
-        default=None, metadata={"help": "d2t.pt of a draft vocabulary, as calibrate_draft_vocab.py writes it."}
-    )
-    training_seq_len: int = field(default=2048, metadata={"help": "Longer conversations lose their end."})
-    param_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto",
-        metadata={"help": "Dtype of the weights; auto: as stored, but float32 on a machine without a GPU."},
-    )
-    offline_data: str | None = field(
-        default=None,
-        metadata={
-            "help": "Store of hidden states (mcore-spec extract) instead of --data_path: the base's layers do not run."
-        },
-    )
-
-
-def run(arguments: DraftArguments, training: TrainingArguments) -> None:
+def run(arguments: DraftArguments, training: TrainingArguments, *, say: Callable[[str], None]) -> None:
     """Train, and write the model with its draft to the output directory.
 
     A run that was interrupted there is continued.
@@ -71,6 +38,7 @@ def run(arguments: DraftArguments, training: TrainingArguments) -> None:
     Args:
         arguments: of this run.
         training: transformers'; its process group is up.
+        say: takes a line for the user.
 
     Raises:
         ConfigError: a file or a value that does not fit.
@@ -80,17 +48,17 @@ def run(arguments: DraftArguments, training: TrainingArguments) -> None:
     if bool(arguments.data_path) == (arguments.offline_data is not None):
         both = "both are given" if arguments.data_path else "neither is given"
         raise ConfigError(f"--data_path or --offline_data: {both}; give conversations or stored hidden states")
-    if training.output_dir is None:
-        raise ConfigError("--output_dir is missing; give the directory that the trained model is written to")
+    output = _find_output(arguments, training)
     if (training.eval_strategy != "no") != bool(arguments.eval_data_path):
         raise ConfigError("--eval_strategy and --eval_data_path need each other; give both or neither")
+    if arguments.eval_data_path and arguments.offline_data is not None:
+        raise ConfigError("--eval_data_path with --offline_data: the base does not run; measure with ar_validate.py")
     file = ConfigFile({}, where=f"{arguments.mode} config")
     if arguments.eagle_config is not None:
         file = read_config_file(Path(arguments.eagle_config), name="--eagle_config")
     directory = locate(arguments.model_name_or_path, field="model_name_or_path")
     tokenizer = load_tokenizer(directory)
-    enable_huggingface_checkpointing()
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=_dtype(arguments))
+    model = load_model(directory, dtype=_dtype(arguments))
     model.config.name_or_path = arguments.model_name_or_path
     vocab_size = model.config.vocab_size
     d2t = None
@@ -103,19 +71,67 @@ def run(arguments: DraftArguments, training: TrainingArguments) -> None:
         return build_token_store(
             sources,
             tokenizer,
-            cache_dir=Path(training.output_dir or "") / "data_cache",
+            cache_dir=output / "data_cache",
             seq_length=arguments.training_seq_len,
             vocab_size=vocab_size,
         )
 
     data = Data(ConversationDataset(store(arguments.data_path)), DraftCollator()) if arguments.data_path else None
-    trainer = _trainer(model, tokenizer, training, data or _stored(arguments, model, directory))
+    data = data or _stored(arguments, model, directory)
     if arguments.eval_data_path:
-        trainer.eval_dataset = ConversationDataset(store(arguments.eval_data_path))
-    checkpoint = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+        data = data._replace(measured=ConversationDataset(store(arguments.eval_data_path)))
+    trainer = _trainer(model, tokenizer, training, data)
+    checkpoint = _newest_checkpoint(output)
+    if checkpoint is None:
+        start = trainer.fit_start(arguments.fit_start)
+        if start is not None:
+            say(f"the draft starts as the least-squares solution of {start.num_rows:,} rows (--fit_start)")
+    else:
+        _check_same_draft(checkpoint, model)
+        say(f"goes on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_state()
-    trainer.save_model(training.output_dir)
+    trainer.save_model(str(output))
+
+
+def _find_output(arguments: DraftArguments, training: TrainingArguments) -> Path:
+    """Where the model is written.
+
+    Raises:
+        ConfigError: nowhere, or where nothing may be written.
+    """
+    if training.output_dir is None:
+        raise ConfigError("--output_dir is missing; give the directory that the trained model is written to")
+    output = Path(training.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output_dir {output} is a file; give a directory")
+    if output.resolve() == Path(arguments.model_name_or_path).resolve():
+        raise ConfigError(f"--output_dir {output} is the base's directory, whose files would be replaced; give another")
+    return output
+
+
+def _newest_checkpoint(output: Path) -> Path | None:
+    """The last one that is whole: Trainer writes its state last, and a run that was killed may have left others."""
+    whole = {
+        int(file.parent.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")): file.parent
+        for file in output.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*/{TRAINER_STATE_NAME}")
+    }
+    return whole[max(whole)] if whole else None
+
+
+def _check_same_draft(checkpoint: Path, model: PreTrainedModel) -> None:
+    """Refuse to go on with another draft: Trainer would leave out tensors of other names without an error.
+
+    Raises:
+        CheckpointError: another algorithm or configuration.
+    """
+    recorded = read_hf_config(checkpoint).get(CONFIG_KEY, {})
+    own = vars(model.config)[CONFIG_KEY]
+    if any(recorded.get(name) != own[name] for name in ("algorithm", "config")):
+        raise CheckpointError(
+            f"{checkpoint} is of a run that trains another draft than --mode and --eagle_config say; give the same to "
+            "go on, or another --output_dir"
+        )
 
 
 def _dtype(arguments: DraftArguments) -> Any:
@@ -134,10 +150,11 @@ def _mode(mode: str, file: ConfigFile) -> list[tuple[str, Any]]:
 
 
 class Data(NamedTuple):
-    """What is learned from, and how it is made into batches."""
+    """What is learned from, how it is made into batches, and what is measured on between, if anything is."""
 
     dataset: Dataset[Any]
     collator: DraftCollator | StatesCollator
+    measured: ConversationDataset | None = None
 
 
 def _stored(arguments: DraftArguments, model: PreTrainedModel, directory: Path) -> Data:
@@ -152,11 +169,18 @@ def _stored(arguments: DraftArguments, model: PreTrainedModel, directory: Path) 
 
 
 def _trainer(model: PreTrainedModel, tokenizer: Tokenizer, training: TrainingArguments, data: Data) -> DraftTrainer:
+    if training.n_gpu > 1:
+        # Trainer would put copies of the model into threads, which a draft's forward cannot tell apart.
+        raise ConfigError(
+            f"one process sees {training.n_gpu} GPUs; start one for each (launch_train.sh --num_gpu {training.n_gpu}), "
+            "or let it see one (CUDA_VISIBLE_DEVICES)"
+        )
     trainer = DraftTrainer(
         model=model,
         args=training,
         processing_class=cast(Any, tokenizer),
         train_dataset=data.dataset,
+        eval_dataset=data.measured,
         data_collator=data.collator,
     )
     size = trainer.get_cp_size()

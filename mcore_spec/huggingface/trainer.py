@@ -1,19 +1,83 @@
-"""transformers' Trainer, with the draft's accuracy in its log. Any Trainer trains a draft; this one says how well."""
+"""transformers' Trainer, with a draft's start from data and its accuracy in the log. Any Trainer trains a draft."""
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from mcore_spec.bases.transformers import TransformersBase
+from mcore_spec.errors import ConfigError, UnsupportedError
+from mcore_spec.huggingface.linear_start import LinearStart, fit_start
+
 
 class DraftTrainer(Trainer):
-    """Logs top-1 accuracy by step and the simulated acceptance length, means over this rank's micro-batches."""
+    """Logs top-1 accuracy by step and the simulated acceptance length, means over this rank's micro-batches.
+
+    The matrix that reads the base's features has a parameter group of its own: behind a start from data it learns at
+    the rate divided by the features' mean size, which its outputs move in proportion to.
+    """
 
     _sums: Tensor | None = None
     _num_batches = 0
+    _start: LinearStart | None = None
+
+    def fit_start(self, num_batches: int | None = None) -> LinearStart | None:
+        """Start the draft from the first batches of the run, see `mcore_spec.fit_start`; before `train`, on every rank.
+
+        Args:
+            num_batches: optimizer steps whose batches are learned from; ``None``: as many as the solution needs, at
+                most those of the run and of its first epoch; none with FSDP.
+
+        Returns:
+            What it was made from; ``None`` where none was made.
+
+        Raises:
+            ConfigError: the optimizer exists already, and what `mcore_spec.fit_start` refuses.
+            UnsupportedError: a draft without such a start, or a run whose ranks do not have the whole model.
+        """
+        if self.optimizer is not None:
+            raise ConfigError(
+                "fit_start behind the making of the optimizer, whose rates it decides; call it before train()"
+            )
+        if self.is_fsdp_enabled:
+            if num_batches:
+                raise UnsupportedError(
+                    f"fit_start = {num_batches} with FSDP: no process has the whole model before; leave it out"
+                )
+            return None
+        model: Any = self.model
+        loader: Any = self.get_train_dataloader()
+        steps, size = self.args.gradient_accumulation_steps, len(loader)
+        limit = size if self.args.max_steps <= 0 else min(size, self.args.max_steps * steps)
+        wanted = None if num_batches is None else min(num_batches * steps, limit)
+        # Iterating draws the workers' seeds; nothing but the draft's weights is to differ from a run without a start.
+        with torch.random.fork_rng(devices=[]):
+            try:
+                batches = islice(loader, limit)
+                self._start = fit_start(model, batches, num_batches=wanted, seed=self.args.seed)
+            finally:
+                # accelerate takes a loader that was left early for the one that the run is in.
+                loader.end()
+        return self._start
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's, with the group described above, also without a start: a resumed run has the same groups."""
+        is_made = self.optimizer is not None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        draft = None if is_made else TransformersBase(self.accelerator.unwrap_model(self.model)).draft()
+        projection = None if draft is None else draft.feature_projection()
+        for group in optimizer.param_groups:
+            others = [parameter for parameter in group["params"] if parameter is not projection]
+            if len(others) < len(group["params"]):
+                rate = group["lr"] / (1.0 if self._start is None else self._start.feature_size)
+                group["params"] = others
+                optimizer.add_param_group({**group, "params": [projection], "lr": rate})
+                break
+        return optimizer
 
     def compute_loss(
         self,

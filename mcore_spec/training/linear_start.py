@@ -1,4 +1,4 @@
-"""A least-squares start of the draft, over the ranks: sums of every rank's rows, one solution for all."""
+"""A least-squares start of a `GPTModel`'s draft, over all its ranks."""
 
 from __future__ import annotations
 
@@ -8,42 +8,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
-from mcore_spec.config import BaseArchitecture
 from mcore_spec.data.batch import Batch
-from mcore_spec.drafts.linear_start import MAX_DEFAULT_BYTES, ROWS_PER_INPUT, LinearMap, Moments, sums_bytes
-from mcore_spec.errors import ConfigError, UnsupportedError
-from mcore_spec.objectives.objective import Task
+from mcore_spec.drafts.linear_start import Moments
+from mcore_spec.objectives.linear_start import solve_linear_start, sum_rows
 from mcore_spec.parallel.layout import run_on_every_rank
 from mcore_spec.training.step import DraftStep
-
-
-def check_linear_start(task: Task, *, num_batches: int | None) -> None:
-    """Refuse a start from data for a draft that has none, before there is a draft.
-
-    Args:
-        task: of the draft.
-        num_batches: global batches to learn from, 0: none; ``None``: as the draft allows.
-
-    Raises:
-        UnsupportedError: the draft has no such start.
-    """
-    if num_batches and not task.starts_linearly:
-        raise UnsupportedError(
-            f"fit_start = {num_batches}: this draft has no such start (with norm_before_residual or "
-            "eagle_reuse_base_decoder there is none); leave it at 0"
-        )
-
-
-def num_default_rows(task: Task, base: BaseArchitecture) -> int:
-    """Rows that a start learns from if nobody says how many batches; 0: none is made.
-
-    Args:
-        task: of the draft, not trained yet.
-        base: the base model.
-    """
-    num_inputs = (max(len(task.aux_layer_ids), 1) + 1) * base.hidden_size
-    is_small = sums_bytes(num_inputs=num_inputs, num_outputs=base.hidden_size) <= MAX_DEFAULT_BYTES
-    return ROWS_PER_INPUT * num_inputs if task.starts_linearly and is_small else 0
 
 
 @torch.no_grad()
@@ -66,35 +35,19 @@ def fit_linear_start(model: GPTModel, step: DraftStep, batches: Iterable[Batch],
         ConfigError: no row of the batches counts.
         UnsupportedError: a draft without such a start.
     """
-    moments: Moments | None = None
-    for batch in batches:
-        rows = step.linear_rows(batch)
-        if rows is None:
-            continue
-        if moments is None:
-            moments = Moments(rows.inputs.shape[1], rows.targets.shape[1], device=rows.inputs.device)
-        moments.add(rows.inputs, rows.targets)
+    moments = sum_rows(step.linear_rows(batch) for batch in batches)
     size = run_on_every_rank(lambda: _solve(model, step, moments, seed=seed))
     return _tell_every_stage(model, size)
 
 
 def _solve(model: GPTModel, step: DraftStep, moments: Moments | None, *, seed: int) -> float:
-    """On the last stage: sum over the ranks, solve once, set the weights."""
+    """On the last stage; others have no figure."""
     if step.draft is None:
         return 0.0
     assert moments is not None, "every rank has batches"
     groups = model.pg_collection
-    for total in (moments.inputs, moments.products, moments.num_rows):
-        dist.all_reduce(total, group=groups.dp_cp)
-    if float(moments.num_rows) == 0:
-        raise ConfigError("fit_start: no row of the first batches counts; give more of them, or data with answers")
-    # One solution for all ranks that hold the draft, bit for bit.
-    parts = [part.contiguous() for part in moments.solve()]
-    for group in (groups.tp, groups.dp_cp):
-        for part in parts:
-            dist.broadcast(part, group=group, group_src=0)
-    step.draft.linear_start(LinearMap(*parts), step.base.final_norm_weight(), seed=seed)
-    return moments.feature_size()
+    copies = (groups.tp, groups.dp_cp)
+    return solve_linear_start(step.base, step.draft, moments, data_group=groups.dp_cp, copies=copies, seed=seed)
 
 
 def _tell_every_stage(model: GPTModel, size: float) -> float:

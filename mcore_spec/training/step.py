@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 from mcore_spec.bases.feature_sources import LiveFeatures
-from mcore_spec.bases.features import Features, FeatureSource, features_for
+from mcore_spec.bases.features import Features, FeatureSource
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.conversion import conversion_of, find_algorithm, reads_tokens
@@ -19,25 +19,17 @@ from mcore_spec.data.batch import Batch
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.losses.outcome import LossOutput
 from mcore_spec.objectives.language_model import with_language_model
+from mcore_spec.objectives.linear_start import LinearRows, linear_rows
 from mcore_spec.objectives.objective import Objective, Task
-from mcore_spec.objectives.rows import teacher_rows
-from mcore_spec.parallel.collectives import Group, gather_without_grad
+from mcore_spec.parallel.collectives import Group
 from mcore_spec.parallel.documents import Documents, document_multiple, row_multiple
 from mcore_spec.parallel.sharding import sharded_tensors
-from mcore_spec.parallel.tensor_parallel import SEQUENCE_DIM
 from mcore_spec.quantization.installed import quantization_of
 from mcore_spec.quantization.teacher import UnquantizedTeacher
 
 Teacher: TypeAlias = Literal["as_loaded", "unquantized"]
 
 MakeFeatures: TypeAlias = Callable[[MegatronBase, Sequence[int]], FeatureSource]
-
-
-class LinearRows(NamedTuple):
-    """What the draft reads, [n, f + h], and the base's next last hidden state, [n, h]."""
-
-    inputs: Tensor
-    targets: Tensor
 
 
 class BaseRun(NamedTuple):
@@ -167,13 +159,7 @@ class DraftStep:
         if features is None:
             return None
         assert self.draft is not None
-        embedding = self.base.embed(documents.take(batch.step_token_ids, 1)[:1])
-        inputs = self.draft.linear_inputs(features_for(self.draft, features), embedding)
-        if self.base.tp.sequence_parallel:
-            inputs = gather_without_grad(inputs, SEQUENCE_DIM, self.base.tp.group)
-        rows = documents.take(batch.counted, 1)[0].nonzero()[:, 0]
-        following = documents.row_index.to(rows.device)[rows] + 1
-        return LinearRows(inputs[rows, 0], teacher_rows(features, documents, self.base.tp)[following])
+        return linear_rows(self.base, self.draft, batch, documents, features)
 
     def _run_base(self, batch: Batch) -> BaseRun:
         """Every stage of the model takes part."""

@@ -19,10 +19,11 @@ from mcore_spec.data.batch import Batch, Batches
 from mcore_spec.data.document import Document
 from mcore_spec.errors import CheckpointError, ConfigError, TrainingError
 from mcore_spec.losses.outcome import LossOutput
+from mcore_spec.objectives.linear_start import check_linear_start
 from mcore_spec.parallel.layout import is_rank_zero, run_on_every_rank
 from mcore_spec.quantization.modes import finish_step
 from mcore_spec.training.acceptance import AcceptanceCheck
-from mcore_spec.training.linear_start import check_linear_start, fit_linear_start
+from mcore_spec.training.linear_start import fit_linear_start
 from mcore_spec.training.log import VALIDATION, Entry, Logger, ProgressBar
 from mcore_spec.training.optimizer import DraftOptimizer, StepResult
 from mcore_spec.training.pipeline import accumulate

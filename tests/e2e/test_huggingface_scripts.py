@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from mcore_spec.huggingface.train import DraftArguments
+from mcore_spec import CheckpointError, ConfigError
+from mcore_spec.huggingface.arguments import DraftArguments
 from mcore_spec.huggingface.train import run as train
 from mcore_spec.weights.safetensors_io import WeightDirectory
 from tests.e2e.conftest import Run, subprocess_environment
@@ -53,6 +55,7 @@ def test_the_one_line_script(base: Path, conversations: Path, tmp_path: Path) ->
     ]
     done = start(words)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "the draft starts as the least-squares solution of" in done.stdout
     out = tmp_path / "out"
     validated = json.loads((out / "validate.json").read_text())
     assert validated["lossless"] and validated["acceptance_length"] >= 1
@@ -80,6 +83,7 @@ def test_a_draft_vocabulary_and_two_processes(run_script: Run, base: Path, conve
     ]
     done = start(words)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("the draft starts as the least-squares solution of") == 1
     with WeightDirectory(tmp_path / "out", below="eagle_module.") as trained:
         assert trained.tensors["lm_head.weight"].shape == (50, 32)
         assert torch.equal(trained.read("d2t"), torch.load(tmp_path / "vocab" / "d2t.pt"))
@@ -101,7 +105,7 @@ def test_stored_hidden_states(run: Run, base: Path, data: Path, tmp_path: Path) 
     ):
         arguments = DraftArguments(model_name_or_path=str(base), training_seq_len=64, **learned)
         options: dict[str, Any] = {"max_steps": 3, "logging_steps": 1, "use_cpu": True, "report_to": []}
-        train(arguments, TrainingArguments(output_dir=str(tmp_path / name), **options))
+        train(arguments, TrainingArguments(output_dir=str(tmp_path / name), **options), say=lambda _line: None)
         state = json.loads((tmp_path / name / "trainer_state.json").read_text())
         logged.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
     beside, stored = logged
@@ -118,6 +122,8 @@ def test_stored_hidden_states(run: Run, base: Path, data: Path, tmp_path: Path) 
         ),
         (["--eagle_config", "nowhere.json"], "--eagle_config = nowhere.json: no such file"),
         (["--eval_strategy", "epoch"], "--eval_strategy and --eval_data_path need each other"),
+        (["--lerning_rate", "1"], "error: --lerning_rate: unknown option; did you mean --learning_rate?"),
+        (["--mode", "medusa", "--fit_start", "2"], "fit_start = 2: this draft has no such start"),
     ],
 )
 def test_bad_input(
@@ -127,6 +133,67 @@ def test_bad_input(
     done = run_script(SCRIPTS / "main.py", *words, "--output_dir", tmp_path / "out", "--use_cpu", "True", *extra)
     assert done.code == 2 and message in done.err, done.err[-2000:]
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def short_run(base: Path, conversations: Path, output: Path, **options: Any) -> list[str]:
+    """A run in this process, a checkpoint a step; what it says."""
+    said: list[str] = []
+    draft = {name: options.pop(name) for name in ("mode", "fit_start", "eval_data_path") if name in options}
+    arguments = DraftArguments(
+        model_name_or_path=str(base), data_path=[str(conversations)], training_seq_len=64, **draft
+    )
+    settings = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": []}
+    train(arguments, TrainingArguments(output_dir=str(output), **{**settings, **options}), say=said.append)
+    return said
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint(base: Path, conversations: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = short_run(base, conversations, out)
+    assert len(said) == 1 and said[0].startswith("the draft starts as the least-squares solution of")
+    with WeightDirectory(out) as trained:
+        expected = trained.fingerprint()
+    # What a kill in the middle of a save leaves.
+    (out / "checkpoint-2" / "trainer_state.json").unlink()
+    (out / "checkpoint-2" / "model.safetensors").write_bytes(b"half")
+    assert short_run(base, conversations, out) == [f"goes on from {out / 'checkpoint-1'}"]
+    with WeightDirectory(out) as trained:
+        assert trained.fingerprint() == expected
+    with pytest.raises(CheckpointError, match="trains another draft than --mode and --eagle_config say"):
+        short_run(base, conversations, out, mode="medusa")
+
+
+def test_a_run_is_measured_between(base: Path, conversations: Path, tmp_path: Path) -> None:
+    """And the best of its checkpoints is what is written."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    short_run(base, conversations, tmp_path / "out", eval_data_path=[str(conversations)], **options)
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    assert sorted(losses) == [1, 2] and state["best_metric"] == min(losses.values())
+    with WeightDirectory(Path(state["best_model_checkpoint"])) as best, WeightDirectory(tmp_path / "out") as written:
+        assert written.fingerprint() == best.fingerprint()
+
+
+def test_stored_states_are_not_measured_between(base: Path, tmp_path: Path) -> None:
+    arguments = DraftArguments(model_name_or_path=str(base), offline_data="states", eval_data_path=["more.jsonl"])
+    training = TrainingArguments(output_dir=str(tmp_path), eval_strategy="epoch", use_cpu=True)
+    with pytest.raises(ConfigError, match="--eval_data_path with --offline_data.*ar_validate.py"):
+        train(arguments, training, say=lambda _line: None)
+
+
+def test_places_that_are_not_written_to(base: Path, conversations: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is the base's directory, whose files would be replaced"):
+        short_run(base, conversations, base)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file; give a directory"):
+        short_run(base, conversations, tmp_path / "file")
+
+
+def test_a_model_that_cannot_be_loaded_is_told(base: Path, conversations: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(base, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="transformers cannot load it .*give a model that is whole"):
+        short_run(damaged, conversations, tmp_path / "out")
 
 
 def test_launch_without_its_flags() -> None:

@@ -19,7 +19,8 @@ from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
-from mcore_spec import convert
+from mcore_spec import ConfigError, UnsupportedError, convert, fit_start
+from mcore_spec.config import eagle_preset
 from mcore_spec.conversion import Mode
 from mcore_spec.data.document import Document
 from mcore_spec.hosting import forward
@@ -68,6 +69,33 @@ def train(*, directory: Path, mode: Mode, layout: str, has_d2t: bool = False) ->
             losses.append(float(total) / size)
     state = {name: _whole(value) for name, value in model.state_dict().items()}
     return {"losses": losses, "state": {name: value for name, value in state.items() if "model.layers" not in name}}
+
+
+def start(*, directory: Path) -> dict[str, Any]:
+    """A start from data, each rank with its share of the documents: what it was made from, and the weights."""
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    convert(model, eagle_preset("eagle3"))
+    own = documents()[dist.get_rank() :: dist.get_world_size()]
+    made = fit_start(model, [DraftCollator()([document]) for document in own], seed=3)
+    return {"made": made, "state": model.eagle_module.state_dict()}
+
+
+def start_refused(*, directory: Path) -> list[str]:
+    """One rank has a batch that is not understood; FSDP."""
+    found = []
+    for sharded in (False, True):
+        model: Any = AutoModelForCausalLM.from_pretrained(directory)
+        convert(model, eagle_preset("eagle3"))
+        batch = DraftCollator()(documents())
+        if sharded:
+            model = _wrap(model, "fsdp2")
+        elif dist.get_rank() == 1:
+            batch["labels"] = batch["labels"] + 1
+        try:
+            fit_start(model, [batch])
+        except (ConfigError, UnsupportedError) as error:
+            found.append(str(error))
+    return found
 
 
 def _wrap(model: Any, layout: str) -> nn.Module:

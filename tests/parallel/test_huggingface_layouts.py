@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mcore_spec.config import eagle_preset
 from mcore_spec.conversion import Mode
@@ -63,3 +64,21 @@ def test_two_ranks_equal_one(
         for key, value in single["state"].items():
             difference = float((found["state"][key] - value).abs().max())
             assert difference <= TOLERANCE, f"{key} differs by {difference:.1e}"
+
+
+def test_a_start_from_data_is_one_over_ranks(rank_pool: RankPool, directories: dict[str, Path]) -> None:
+    (single,) = rank_pool.run("tests.parallel.hf_cases:start", world_size=1, directory=directories["llama"])
+    both = rank_pool.run("tests.parallel.hf_cases:start", world_size=2, directory=directories["llama"])
+    for found in both:
+        assert found["made"].num_rows == single["made"].num_rows > 10
+        assert found["made"].feature_size == pytest.approx(single["made"].feature_size, rel=1e-12)
+        for key, value in single["state"].items():
+            assert torch.equal(found["state"][key], both[0]["state"][key]), key
+            difference = float((found["state"][key] - value).abs().max())
+            assert difference <= TOLERANCE * max(1.0, float(value.abs().max())), f"{key} differs by {difference:.1e}"
+
+
+def test_a_start_that_one_rank_refuses_ends_on_all(rank_pool: RankPool, directories: dict[str, Path]) -> None:
+    for found in rank_pool.run("tests.parallel.hf_cases:start_refused", world_size=2, directory=directories["llama"]):
+        assert found[0].startswith("labels[0, ") and "not shifted" in found[0]
+        assert found[1].startswith("fit_start under FSDP")

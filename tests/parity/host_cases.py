@@ -1,4 +1,4 @@
-"""What a rank does for `test_transformers_host.py` and `test_huggingface_handover.py`: the Megatron host's side."""
+"""What a rank does for tests of drafts on transformers models: the Megatron host's side."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 from mcore_spec import BaseIdentity, make_record, restore, save
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.conversion import Mode, convert
-from mcore_spec.data.batch import make_batch
+from mcore_spec.data.batch import Batch, make_batch
 from mcore_spec.data.document import Document
 from mcore_spec.losses.outcome import LossOutput
 from mcore_spec.parallel.layout import Layout, parallel_runtime
+from mcore_spec.training.linear_start import fit_linear_start
 from mcore_spec.training.step import DraftStep
 from tests.tiny import import_base
 
@@ -25,6 +26,13 @@ class HostRun(NamedTuple):
     outcome: LossOutput
     gradients: dict[str, Tensor]
     initial: dict[str, Tensor]
+
+
+class HostStart(NamedTuple):
+    """The draft's weights behind a start from data, and the mean size of what it reads."""
+
+    weights: dict[str, Tensor]
+    feature_size: float
 
 
 class HostCase(NamedTuple):
@@ -43,6 +51,25 @@ def megatron_steps(*, cases: dict[str, HostCase]) -> dict[str, HostRun]:
         return {name: _step(case) for name, case in cases.items()}
 
 
+def megatron_starts(*, cases: dict[str, HostCase], seed: int) -> dict[str, HostStart]:
+    """The least-squares start of each, from its documents; the weights of the case are not used."""
+    with parallel_runtime(Layout()):
+        return {name: _start(case, seed=seed) for name, case in cases.items()}
+
+
+def _start(case: HostCase, *, seed: int) -> HostStart:
+    model = import_base(case.directory, Layout()).model
+    convert(model, case.mode, d2t=case.d2t)
+    step = DraftStep(model)
+    size = fit_linear_start(model, step, [_batch(case, step)], seed=seed)
+    draft: Any = MegatronBase(model).draft()
+    return HostStart({name: value.clone() for name, value in draft.state_dict().items()}, size)
+
+
+def _batch(case: HostCase, step: DraftStep) -> Batch:
+    return make_batch(case.documents, num_steps=step.num_steps, num_samples=len(case.documents))
+
+
 def _step(case: HostCase) -> HostRun:
     model = import_base(case.directory, Layout()).model
     convert(model, case.mode, d2t=case.d2t)
@@ -50,7 +77,7 @@ def _step(case: HostCase) -> HostRun:
     initial = {name: value.clone() for name, value in draft.state_dict().items()}
     draft.load_state_dict(case.weights)
     step = DraftStep(model)
-    outcome = step(make_batch(case.documents, num_steps=step.num_steps, num_samples=len(case.documents)))
+    outcome = step(_batch(case, step))
     assert outcome is not None
     outcome.loss.backward()
     gradients = {name: parameter.grad for name, parameter in draft.named_parameters()}

@@ -12,9 +12,9 @@ from mcore_spec.drafts.linear_start import MAX_DEFAULT_BYTES, ROWS_PER_INPUT
 from mcore_spec.drafts.resolve import resolve_eagle
 from mcore_spec.errors import UnsupportedError
 from mcore_spec.objectives.eagle3 import eagle3_task
+from mcore_spec.objectives.linear_start import check_linear_start, num_default_rows
 from mcore_spec.objectives.objective import Task
 from mcore_spec.training.data import Conversations
-from mcore_spec.training.linear_start import check_linear_start, num_default_rows
 from tests.tiny import base_architecture
 from tests.unit.data_cases import byte_tokenizer, talk, write_lines
 

@@ -17,6 +17,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    DataCollatorWithFlattening,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -248,6 +249,54 @@ def test_a_device_map(model: Any, base_dir: Path) -> None:
     assert torch.equal(plain, found)
 
 
+def offloaded(base_dir: Path, folder: Path) -> Any:
+    """The last half of the layers, which a draft may start from, and the embedding are on disk."""
+    layers = {f"model.layers.{index}": "cpu" if index < 3 else "disk" for index in range(6)}
+    places = {"model.embed_tokens": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", **layers}
+    return AutoModelForCausalLM.from_pretrained(base_dir, device_map=places, offload_folder=str(folder))
+
+
+def test_a_base_that_is_offloaded_in_part(model: Any, base_dir: Path, tmp_path: Path) -> None:
+    apart = offloaded(base_dir, tmp_path / "offload")
+    assert apart.model.layers[5].mlp.up_proj.weight.device.type == "meta"
+    ids = tokens()
+    outputs = []
+    for each in (model, apart):
+        mcore_spec.convert(each, EAGLE3)
+        each.train()
+        outputs.append(each(input_ids=ids, labels=ids).loss)
+        outputs[-1].backward()
+    assert same(draft_state(model), draft_state(apart))
+    assert torch.equal(*outputs) and torch.equal(model.eagle_module.fc.weight.grad, apart.eagle_module.fc.weight.grad)
+    with pytest.raises(ConfigError, match="is offloaded in part"):
+        mcore_spec.export_speculative_decoding(apart, export_dir=tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+    apart.save_pretrained(tmp_path / "whole")
+    mcore_spec.enable_huggingface_checkpointing()
+    assert same(draft_state(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), draft_state(model))
+
+
+def test_a_vocabulary_that_changes_later_is_refused(model: Any) -> None:
+    drafted(model).train()
+    model.resize_token_embeddings(VOCAB_SIZE + 8)
+    ids = tokens()
+    with pytest.raises(ConfigError, match="resize_token_embeddings.* comes before convert"):
+        model(input_ids=ids, labels=ids)
+
+
+def test_what_a_flattening_collator_adds_changes_nothing(model: Any) -> None:
+    drafted(model).train()
+    documents = [{"input_ids": row, "labels": row} for row in (tokens(1, 9)[0].tolist(), tokens(1, 5)[0].tolist())]
+    losses = []
+    for with_bounds in (False, True):
+        batch = DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=with_bounds)(documents)
+        losses.append(model(**batch).loss)
+    assert {"cu_seq_lens_q", "position_ids"} <= batch.keys() and torch.equal(*losses)
+    del batch["position_ids"]
+    with pytest.raises(ConfigError, match="cu_seq_lens_q.* given beside labels"):
+        model(**batch)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_generate_is_unchanged(model: Any, base_dir: Path, training: bool) -> None:
     plain = AutoModelForCausalLM.from_pretrained(base_dir)
@@ -382,6 +431,13 @@ def test_a_draft_vocabulary_survives(model: Any, tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     assert torch.equal(loaded.eagle_module.d2t, draft_to_target())
     assert loaded.eagle_module.fc.weight.dtype is torch.bfloat16
+
+
+def test_files_of_a_variant_are_refused(model: Any, tmp_path: Path) -> None:
+    drafted(model).save_pretrained(tmp_path / "out", variant="half")
+    mcore_spec.enable_huggingface_checkpointing()
+    with pytest.raises(ConfigError, match="variant = 'half' of .*without one"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", variant="half")
 
 
 def test_a_directory_that_lost_its_draft_is_refused(model: Any, tmp_path: Path, base_dir: Path) -> None:

@@ -108,6 +108,7 @@ def test_stored_states_train_as_the_base_does(mode: str, is_normed: bool, base_d
         ({"aux_hidden_states": None}, r"aux_hidden_states is missing; this draft reads \[1, 4, "),
         ({"aux_hidden_states": torch.zeros(1, 4, 3)}, r"aux_hidden_states is of shape \[1, 4, 3\]"),
         ({"last_hidden_states": torch.zeros(1, 3, 8)}, r"last_hidden_states is of shape \[1, 3, 8\]"),
+        ({"last_hidden_states": None}, r"last_hidden_states is missing; this draft reads \[1, 4, "),
     ],
 )
 def test_states_that_do_not_fit(changes: dict[str, Any], says: str, base_dir: Path) -> None:
@@ -117,3 +118,10 @@ def test_states_that_do_not_fit(changes: dict[str, Any], says: str, base_dir: Pa
     token_ids = torch.tensor([[5, 6, 7, 8]])
     with pytest.raises(ConfigError, match=says):
         model(input_ids=token_ids, labels=token_ids, **{**states, **changes})
+
+
+def test_states_that_are_not_read(base_dir: Path) -> None:
+    model: Any = mcore_spec.convert(AutoModelForCausalLM.from_pretrained(base_dir), MODES["eagle1"])
+    token_ids, states = torch.tensor([[5, 6, 7, 8]]), torch.zeros(1, 4, model.config.hidden_size)
+    with pytest.raises(ConfigError, match="aux_hidden_states is given, and this draft reads no aux layers"):
+        model(input_ids=token_ids, labels=token_ids, last_hidden_states=states, aux_hidden_states=states)

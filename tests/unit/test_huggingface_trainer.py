@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import mcore_spec
-from mcore_spec import ConfigError
+from mcore_spec import ConfigError, UnsupportedError
 from mcore_spec.data.document import Document
 from mcore_spec.hosting.context import context_group
 from mcore_spec.huggingface.data import ConversationDataset, DraftCollator
@@ -52,6 +52,8 @@ def train(
     kind: type[Trainer] = Trainer,
     resume: str | None = None,
     mixing: bool = False,
+    fit: int = 0,
+    collator: Any = None,
     **options: Any,
 ) -> Trainer:
     config = {**CONFIG, "eagle_mix_hidden_states": mixing}
@@ -73,8 +75,16 @@ def train(
         },
     )
     trainer = kind(
-        model=model, args=arguments, train_dataset=ConversationDataset(Documents()), data_collator=DraftCollator()
+        model=model,
+        args=arguments,
+        train_dataset=ConversationDataset(Documents()),
+        data_collator=collator or DraftCollator(),
     )
+    if fit:
+        assert isinstance(trainer, DraftTrainer)
+        state = torch.get_rng_state()
+        trainer.fit_start(fit)
+        assert torch.equal(torch.get_rng_state(), state)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -99,6 +109,95 @@ def test_resume_is_bitwise(base_dir: Path, tmp_path: Path) -> None:
     whole.save_model(str(tmp_path / "out"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert [name for name, value in expected.items() if not torch.equal(loaded[name], value)] == []
+
+
+class _Seen:
+    """A collator that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.collate, self.batches = DraftCollator(), list[list[Document]]()
+
+    def __call__(self, documents: list[Document]) -> dict[str, Tensor]:
+        self.batches.append(documents)
+        return self.collate(documents)
+
+
+def test_a_start_is_made_from_the_runs_first_batches(base_dir: Path, tmp_path: Path) -> None:
+    """And changes nothing else: the run then sees the same batches in the same order."""
+    seen, steps = _Seen(), 2
+    # A rate of zero keeps the start.
+    options: dict[str, Any] = {"kind": DraftTrainer, "mixing": True, "learning_rate": 0.0, "max_steps": 3}
+    fitted = train(base_dir, tmp_path / "fitted", fit=steps, collator=seen, **options)
+    # Two micro-batches a step, and one that the loader reads ahead.
+    learned, trained = seen.batches[: 2 * steps], seen.batches[2 * steps + 1 :]
+    tokens = [[document.token_ids.tolist() for document in batch] for batch in seen.batches]
+    assert tokens[: 2 * steps] == tokens[2 * steps + 1 : 4 * steps + 1] and len(trained) >= 6
+    model = mcore_spec.convert(AutoModelForCausalLM.from_pretrained(base_dir), [("eagle", CONFIG)])
+    start = mcore_spec.fit_start(model, [DraftCollator()(batch) for batch in learned], seed=42)
+    assert start is not None
+    rows = [mask[1:-1] & mask[2:] for batch in learned for _, mask in batch]
+    assert start.num_rows == sum(int(row.sum()) for row in rows)
+    expected, found = model.state_dict(), weights(fitted)
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+    plain = _Seen()
+    train(base_dir, tmp_path / "plain", collator=plain, **options)
+    assert tokens[2 * steps + 1 :] == [[document.token_ids.tolist() for document in batch] for batch in plain.batches]
+
+
+def test_behind_a_start_the_projection_has_a_rate_of_its_own(base_dir: Path, tmp_path: Path) -> None:
+    """Also in a run that is resumed, bit for bit, where no start is made."""
+    mcore_spec.enable_huggingface_checkpointing()
+    whole = train(base_dir, tmp_path / "whole", kind=DraftTrainer, fit=2)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    resumed = train(base_dir, tmp_path / "resumed", kind=DraftTrainer, resume=checkpoint)
+    expected, found = weights(whole), weights(resumed)
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+    saved = torch.load(tmp_path / "whole" / "checkpoint-3" / "optimizer.pt")["param_groups"]
+    model: Any = whole.model
+    start = mcore_spec.fit_start(
+        mcore_spec.convert(AutoModelForCausalLM.from_pretrained(base_dir), [("eagle", CONFIG)]),
+        [DraftCollator()(Documents().documents)],
+    )
+    assert start is not None
+    *others, own = saved
+    assert {group["initial_lr"] for group in others} == {1e-2}
+    assert len(own["params"]) == 1
+    # The size is that of the run's first batches, half of the documents.
+    assert own["initial_lr"] == pytest.approx(1e-2 / start.feature_size, rel=0.2) and own["initial_lr"] != 1e-2
+    state = torch.load(tmp_path / "whole" / "checkpoint-3" / "optimizer.pt")["state"]
+    assert state[own["params"][0]]["exp_avg"].shape == model.eagle_module.fc.weight.shape
+
+
+def test_starts_that_are_refused(base_dir: Path, tmp_path: Path) -> None:
+    def drafted(mode: Any = (("eagle", CONFIG),)) -> Any:
+        return mcore_spec.convert(AutoModelForCausalLM.from_pretrained(base_dir), list(mode))
+
+    batch = DraftCollator()(Documents().documents[:2])
+    nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    with pytest.raises(ConfigError, match="has no draft"):
+        mcore_spec.fit_start(AutoModelForCausalLM.from_pretrained(base_dir), [batch])
+    with pytest.raises(UnsupportedError, match="fit_start = 1: this draft has no such start"):
+        mcore_spec.fit_start(drafted([("medusa", {})]), [batch], num_batches=1)
+    assert mcore_spec.fit_start(drafted([("medusa", {})]), [batch]) is None
+    assert mcore_spec.fit_start(drafted(), [batch], num_batches=0) is None
+    with pytest.raises(ConfigError, match="fit_start = -1: give a number of batches"):
+        mcore_spec.fit_start(drafted(), [batch], num_batches=-1)
+    with pytest.raises(ConfigError, match="there are no batches"):
+        mcore_spec.fit_start(drafted(), [])
+    with pytest.raises(ConfigError, match="no row of the first batches counts"):
+        mcore_spec.fit_start(drafted(), [nothing])
+    with pytest.raises(ConfigError, match="quantise then"):
+        mcore_spec.fit_start(mcore_spec.quantize(drafted(), "int8_per_channel"), [batch])
+    trained = train(base_dir, tmp_path / "out", kind=DraftTrainer, max_steps=1)
+    assert isinstance(trained, DraftTrainer)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trained, "optimizer", None)
+        patched.setattr(trained, "is_fsdp_enabled", True)
+        assert trained.fit_start() is None
+        with pytest.raises(UnsupportedError, match="fit_start = 2 with FSDP"):
+            trained.fit_start(2)
+    with pytest.raises(ConfigError, match="call it before train"):
+        trained.fit_start()
 
 
 def test_micro_batches_do_not_change_a_step(base_dir: Path, tmp_path: Path) -> None:
