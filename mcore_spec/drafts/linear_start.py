@@ -107,7 +107,8 @@ def factor(embedding_map: LinearMap, *, rank: int) -> Factors:
     inverse = torch.where(root > 1e-6 * root.max(), 1 / root.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
     left, strength, right = torch.linalg.svd(root[:, None] * (vectors.t() @ embedding_map.embedding))
     kept = min(rank, strength.shape[0])
-    share = strength[:kept].sqrt()
+    # A strength that is rounding would be shared out as its root, a million times its size.
+    share = torch.where(strength > 1e-12 * strength.max(), strength, 0.0)[:kept].sqrt()
     first = left.new_zeros(left.shape[0], rank)
     second = left.new_zeros(rank, right.shape[1])
     first[:, :kept] = (vectors * inverse) @ left[:, :kept] * share

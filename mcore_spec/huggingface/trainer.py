@@ -53,7 +53,7 @@ class DraftTrainer(Trainer):
         loader: Any = self.get_train_dataloader()
         steps, size = self.args.gradient_accumulation_steps, len(loader)
         limit = size if self.args.max_steps <= 0 else min(size, self.args.max_steps * steps)
-        wanted = None if num_batches is None else min(num_batches * steps, limit)
+        wanted = None if num_batches is None else num_batches * steps
         # Iterating draws the workers' seeds; nothing but the draft's weights is to differ from a run without a start.
         with torch.random.fork_rng(devices=[]):
             try:

@@ -255,6 +255,7 @@ def test_one_option_for_the_configuration_of_every_algorithm(base_dir: Path, run
         "medusa_num_layers": 2,
         "medusa_loss_decay_factor": 0.5,
         "medusa_self_logit_distillation": False,
+        "draft_vocab_size": 103,
     }
     (tmp_path / "eagle.json").write_text(json.dumps({"num_hidden_layers": 2}))
     for flag in ("--eagle-config", "--algorithm-config"):

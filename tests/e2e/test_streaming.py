@@ -12,11 +12,12 @@ import pytest
 
 from mcore_spec.checkpoint.store import find_checkpoint
 from tests.e2e.conftest import Run, attach_draft, check_refused, subprocess_environment
-from tests.e2e.interrupted import REPOSITORY, log_of
+from tests.e2e.interrupted import log_of
 from tests.parallel.stream_cases import free_port
 from tests.pool import RankPool
 
 pytestmark = pytest.mark.e2e
+REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_ITERATIONS, SAVE_INTERVAL = 8, 2
 # float32 on both sides, with documents in other rows of a matrix product.
 TOLERANCE = 1e-4
