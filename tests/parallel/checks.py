@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,25 @@ def check_step(where: str, found: Mapping[str, Any], objective: Objective, weigh
     regression = sums[4 * steps + 3 :].tolist()
     assert regression == pytest.approx(objective.regression if any(objective.regression) else [], rel=TOLERANCE), where
     check_gradients(where, found["gradients"], weights)
+
+
+def check_same_steps(
+    results: Sequence[Mapping[str, Any]], expected: Mapping[str, Mapping[str, Any]], *, tolerance: float
+) -> None:
+    """Totals and gradients of every case are those of another run, on every rank that has them; and some rank has."""
+    assert any(result[case]["gradients"] for result in results for case in expected)
+    for result in results:
+        for case, wanted in expected.items():
+            found = result[case]
+            torch.testing.assert_close(found["totals"], wanted["totals"], rtol=tolerance, atol=tolerance)
+            if found["gradients"] is None:
+                continue
+            assert found["gradients"].keys() == wanted["gradients"].keys()
+            for key, gradient in found["gradients"].items():
+                reference = wanted["gradients"][key]
+                largest = float(reference.abs().max())
+                assert largest > 0
+                torch.testing.assert_close(gradient, reference, rtol=tolerance, atol=tolerance * largest)
 
 
 def check_gradients(where: str, found: Mapping[str, Tensor] | None, weights: Mapping[str, Tensor]) -> None:
