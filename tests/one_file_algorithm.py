@@ -46,9 +46,6 @@ class OneMapDraft(Draft):
     def own_heads(self) -> list[VocabularyHead]:
         return list(self.heads)
 
-    def head_token_ids(self) -> Tensor:
-        return torch.arange(self.heads[0].vocab_size, device=self.map.weight.device)
-
     def init_weights(self, *, seed: int) -> None:
         init_linear_weights(self, std=self.config.one_map_std, seed=seed)
 

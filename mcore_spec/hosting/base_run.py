@@ -22,7 +22,7 @@ from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.hosting.rows import TokenBatch, TokenRows, join_shards, read_rows
 from mcore_spec.objectives.objective import Task
 from mcore_spec.parallel.collectives import Group, group_size
-from mcore_spec.parallel.documents import Documents
+from mcore_spec.parallel.documents import Documents, document_multiple, row_multiple
 
 # Hidden states of the base, where it does not run, beside the arguments of the model's own forward.
 LAST_STATES, AUX_STATES = "last_hidden_states", "aux_hidden_states"
@@ -91,7 +91,7 @@ def _rows(base: TransformersBase, batch: TokenBatch) -> TokenRows:
 
 def _pack(base: TransformersBase, rows: TokenRows, task: Task, group: Group) -> Batch:
     """One row of documents; what is drawn comes from torch's generator, whose state Trainer's checkpoints keep."""
-    documents, size = rows.documents, group_size(group)
+    documents = rows.documents
     draws = base.model.training and torch.is_grad_enabled()
     mixing = noise_keys = None
     if draws and (task.mixes_hidden_states or task.draws_noise):
@@ -104,8 +104,8 @@ def _pack(base: TransformersBase, rows: TokenRows, task: Task, group: Group) -> 
     return make_batch(
         documents,
         num_steps=task.num_steps,
-        document_multiple=1 if size == 1 else 2 * size,
-        row_multiple=size,
+        document_multiple=document_multiple(group),
+        row_multiple=row_multiple(group, base.tp),
         num_samples=len(documents),
         mixing=mixing,
         noise_keys=noise_keys,

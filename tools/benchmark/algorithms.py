@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.benchmark.commands import check_settings, run_once
+from tools.benchmark.commands import check_settings, run_once, words_of
 from tools.benchmark.markdown import markdown_table
 
 MEMBERS = {"eagle3": "EAGLE-3", "eagle1": "EAGLE-1", "eagle-mtp": "EAGLE-MTP", "medusa": "Medusa"}
@@ -130,16 +130,19 @@ class Contest:
             "split": "100,0,0",
             "seed": given.seed,
         }
-        return ["finetune", *(word for name, value in values.items() for word in (f"--{name}", str(value)))]
+        return words_of("finetune", values)
 
     def _validate(self, place: Path, output: Path) -> list[str]:
         given = self.given
-        return [
-            "validate",
-            *("--load", str(place / "trained")),
-            *("--prompts-path", str(given.prompts_path), "--num-prompts", str(given.num_prompts)),
-            *("--steps", str(given.steps), "--osl", str(given.osl), "--output", str(output)),
-        ]
+        values = {
+            "load": place / "trained",
+            "prompts-path": given.prompts_path,
+            "num-prompts": given.num_prompts,
+            "steps": given.steps,
+            "osl": given.osl,
+            "output": output,
+        }
+        return words_of("validate", values)
 
 
 def _flags_of(member: str) -> dict[str, bool]:

@@ -28,6 +28,11 @@ class Finished(NamedTuple):
     read_mib: float = 0.0
 
 
+def words_of(command: str, options: Mapping[str, object]) -> list[str]:
+    """The command line of ``mcore-spec COMMAND``: options by name, without the leading dashes."""
+    return [command, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+
 def run_once(place: Path, words: Sequence[str]) -> Finished:
     """Run ``mcore-spec WORDS`` unless it has succeeded before.
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from mcore_spec.data.hidden_states import StatesStore
 from mcore_spec.data.hidden_states.files import SHARDS
-from tools.benchmark.commands import check_settings, run_once
+from tools.benchmark.commands import check_settings, run_once, words_of
 from tools.benchmark.markdown import markdown_table
 
 HEAD = ("files", "tokens/s", "bytes/s wanted", "of a run waiting", "of the slowest step", "read by the process, MiB")
@@ -133,7 +133,7 @@ def measure(name: str, given: argparse.Namespace, store: StatesStore) -> Row:
         "fit-start": 0,
         "log-interval": 1,
     }
-    words = ["finetune", *(word for key, value in values.items() for word in (f"--{key}", str(value)))]
+    words = words_of("finetune", values)
     if name == "warm":
         read_through(paths)
     with kept_cold(paths) if name == "cold" else nullcontext():

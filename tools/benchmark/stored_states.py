@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mcore_spec.data.hidden_states import StatesStore
-from tools.benchmark.commands import check_settings, run_once
+from tools.benchmark.commands import check_settings, run_once, words_of
 from tools.benchmark.markdown import markdown_table
 
 ONLINE, REFERENCE = "online", "bf16"
@@ -100,15 +100,18 @@ class Comparison:
             "split": "100,0,0",
             "seed": given.seed,
         }
-        return ["finetune", *(word for name, value in values.items() for word in (f"--{name}", str(value)))]
+        return words_of("finetune", values)
 
     def _validate(self, trained: Path, output: Path) -> list[str]:
         given = self.given
-        return [
-            "validate",
-            *("--load", str(trained), "--prompts-path", str(given.prompts_path)),
-            *("--num-prompts", str(given.num_prompts), "--osl", str(given.osl), "--output", str(output)),
-        ]
+        values = {
+            "load": trained,
+            "prompts-path": given.prompts_path,
+            "num-prompts": given.num_prompts,
+            "osl": given.osl,
+            "output": output,
+        }
+        return words_of("validate", values)
 
 
 def format_table(rows: Sequence[Row]) -> str:
