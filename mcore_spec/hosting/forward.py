@@ -21,7 +21,7 @@ from mcore_spec.bases.transformers import TransformersBase
 from mcore_spec.errors import ConfigError
 from mcore_spec.hosting.base_run import AUX_STATES, LAST_STATES, run_base
 from mcore_spec.hosting.context import context_group
-from mcore_spec.hosting.rows import NO_LABEL, TokenBatch, TokenRows
+from mcore_spec.hosting.rows import TokenBatch, TokenRows
 from mcore_spec.losses.outcome import LossOutput
 from mcore_spec.objectives.objective import Task
 from mcore_spec.parallel.collectives import Group, group_size
@@ -40,7 +40,7 @@ class DraftedOutput(ModelOutput):
         loss: the draft's, a scalar that carries the gradient.
         accuracy: share of the counted rows whose draft token is the base's, by step or head, [K].
         acceptance_length: simulated: 1 + the mean number of draft tokens accepted in a row, a scalar.
-        lm_loss: the base's own loss on the labels; ``None`` while the model is in training mode.
+        lm_loss: the base's own mean loss on the labels, all but those of first tokens, which nothing predicts.
         logits: the base's, [b, s, vocabulary], 0 in padding; ``None`` while the model is in training mode.
     """
 
@@ -52,11 +52,19 @@ class DraftedOutput(ModelOutput):
 
 
 class _Judged(NamedTuple):
-    """Over all context-parallel ranks: counted rows by step, those of them that are right, and accepted tokens."""
+    """Over all context-parallel ranks.
+
+    Attributes:
+        rows: counted ones by step, [K].
+        correct: those of them that are right, [K].
+        accepted: tokens in a row, a scalar.
+        lm_loss: the base's own mean loss, a scalar; 0 without a label.
+    """
 
     rows: Tensor
     correct: Tensor
     accepted: Tensor
+    lm_loss: Tensor
 
 
 class DraftedForward:
@@ -117,7 +125,7 @@ class DraftedForward:
         run = run_base(self.base, task, call, group=group)
         recompute = self.base.model.is_activation_checkpointing and torch.is_grad_enabled()
         with torch.autocast(run.features.last.device.type, enabled=False):
-            objective = task.make_objective(self.base, draft, recompute=recompute)
+            objective = task.make_objective(self.base, draft, recompute=recompute, judges_base=True)
             outcome = objective(run.packed, run.documents, run.features)
         judged = _judge(outcome, group)
         counted = judged.rows.clamp(min=1)
@@ -127,10 +135,10 @@ class DraftedForward:
             loss=loss,
             accuracy=judged.correct / counted,
             acceptance_length=1 + judged.accepted / counted[0],
+            lm_loss=judged.lm_loss,
         )
         if not self.base.model.training and group_size(group) == 1:
             output.logits = self._logits(run.features.last[:, 0], run.rows, run.tokens)
-            output.lm_loss = self._lm_loss(output.logits, run.rows, run.tokens)
         return output
 
     @torch.no_grad()
@@ -140,16 +148,6 @@ class DraftedForward:
         flat = logits.new_zeros(batch.input_ids.numel(), logits.shape[-1])
         flat[torch.from_numpy(rows.places).to(logits.device)] = logits
         return flat.unflatten(0, batch.input_ids.shape)
-
-    @torch.no_grad()
-    def _lm_loss(self, logits: Tensor, rows: TokenRows, batch: TokenBatch) -> Tensor:
-        """The model's own loss function; nothing predicts the first token of a document."""
-        labels = batch.labels.to(logits.device, copy=True)
-        labels.view(-1)[torch.from_numpy(rows.first_places).to(logits.device)] = NO_LABEL
-        loss: Tensor = self.base.model.loss_function(
-            logits=logits, labels=labels, vocab_size=self.base.architecture.vocab_size
-        )
-        return loss
 
 
 def _flat(of: Signature, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
@@ -169,10 +167,14 @@ def _number(value: Tensor | float | None) -> float | Tensor | None:
 
 
 def _judge(outcome: LossOutput, group: Group) -> _Judged:
-    """Counts over the ranks that share the rows."""
-    values = torch.cat((outcome.judged_by_step, outcome.correct_by_step, outcome.accepted.reshape(1)))
+    """Sums over the ranks that share the rows."""
+    assert outcome.language_model is not None, "it was asked for"
+    counts = torch.cat((outcome.judged_by_step, outcome.correct_by_step, outcome.accepted.reshape(1)))
+    # One collective; float64 holds counts exactly.
+    values = torch.cat((outcome.language_model, counts))
     if group_size(group) > 1:
         dist.all_reduce(values, group=group)
     num_steps = outcome.judged_by_step.shape[0]
-    rows, correct, accepted = values.split((num_steps, num_steps, 1))
-    return _Judged(rows, correct, accepted[0])
+    own, rows, correct, accepted = values.split((2, num_steps, num_steps, 1))
+    lm_loss = (own[0] / own[1].clamp(min=1)).to(outcome.loss.dtype)
+    return _Judged(rows.long(), correct.long(), accepted[0].long(), lm_loss)

@@ -67,12 +67,6 @@ class TokenRows:
     documents: list[Document]
     places: IntArray
 
-    @property
-    def first_places(self) -> IntArray:
-        """Of the first token of each document."""
-        lengths = np.array([len(document.token_ids) for document in self.documents])
-        return self.places[np.cumsum(lengths) - lengths]
-
 
 def read_rows(batch: TokenBatch, *, pad_token_id: int | None, end_token_ids: frozenset[int]) -> TokenRows:
     """Documents of a batch; its tensors are copied to the host once.

@@ -38,6 +38,7 @@ def distillation_loss(
     max_logits: int | None = None,
     ahead: Sequence[int] | None = None,
     num_judged: int | None = None,
+    next_ids: Tensor | None = None,
 ) -> LossOutput:
     """Cross-entropy of the draft against the base, summed over rows and over K steps (EAGLE-3, arXiv 2503.01840).
 
@@ -63,6 +64,8 @@ def distillation_loss(
         max_logits: elements in a block of logits on this rank; 2 to 4 blocks are held. Default: by device.
         ahead: what stands for k above in positions and decay, one a tensor of `student`. Default: 0, 1, ... K - 1.
         num_judged: how many of them, from the first, the statistics are about. Default: all.
+        next_ids: the token behind each row, int64 [rows], for the base's own loss, `LossOutput.language_model`;
+            `NOT_IN_VOCABULARY` where it is not wanted. It adds nothing to `loss`. None: nowhere.
 
     Returns:
         The sums; `loss` carries the gradients.
@@ -94,6 +97,7 @@ def distillation_loss(
         with_grad=torch.is_grad_enabled(),
         ahead=tuple(range(len(student)) if ahead is None else ahead),
         num_judged=len(student) if num_judged is None else num_judged,
+        next_ids=next_ids,
     )
     frozen = vocabulary.frozen_heads
     heads = [head.detach() if i in frozen else head for i, head in enumerate(vocabulary.student_heads)]
@@ -115,11 +119,12 @@ class _Request:
     with_grad: bool
     ahead: tuple[int, ...]
     num_judged: int
+    next_ids: Tensor | None
 
 
 class _DistillationLoss(Function):
     @staticmethod
-    def forward(ctx: Any, request: _Request, *heads_and_student: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, request: _Request, *heads_and_student: Tensor) -> tuple[Tensor | None, ...]:
         wants = [request.with_grad and needed for needed in ctx.needs_input_grad[1:]]
         num_heads = len(request.vocabulary.student_heads)
         student = heads_and_student[num_heads:]
@@ -130,17 +135,17 @@ class _DistillationLoss(Function):
             ahead=request.ahead,
             num_positions=request.teacher.shape[0],
             max_positions=request.max_positions,
+            further=None if work.next_ids is None else work.next_ids != NOT_IN_VOCABULARY,
         ):
             work.add(chunk)
         outcome = work.finish()
         ctx.save_for_backward(*work.head_grads, *work.student_grads)
-        sums = tuple(part for part in outcome if part is not None)
-        ctx.mark_non_differentiable(*sums[1:])
-        return sums
+        ctx.mark_non_differentiable(*(part for part in outcome[1:] if part is not None))
+        return tuple(outcome)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         # A head's is wider than the head where that is narrow; autograd rounds what it is given.
         return None, *(None if grad is None else grad * grads[0] for grad in ctx.saved_tensors)
 
@@ -188,6 +193,12 @@ class _Work:
         # A row's loss is log_sum - cross; log_sum is the same on every rank, cross one term of a sum over the group.
         self.log_sum = torch.zeros(len(student), dtype=self.wide, device=device)
         self.cross = torch.zeros_like(self.log_sum)
+        # The same two of the base's own loss, and the token behind each position.
+        self.base_log_sum, self.base_cross = torch.zeros((2,), dtype=self.wide, device=device).unbind()
+        self.next_ids = None
+        if request.next_ids is not None:
+            nowhere = torch.full((request.teacher.shape[0],), NOT_IN_VOCABULARY, dtype=torch.int64, device=device)
+            self.next_ids = nowhere.index_copy_(0, request.position, request.next_ids)
         self._teacher_block, self._draft_block, self._student_block, self._taken_block = (
             Scratch(self.wide, device) for _ in range(4)
         )
@@ -216,7 +227,15 @@ class _Work:
             correct_by_step=correct.sum(1),
             # A row's run ends with the first step that is wrong or that the mask leaves out.
             accepted=correct.to(torch.int64).cumprod(0).sum(),
+            language_model=self._language_model(),
         )
+
+    def _language_model(self) -> Tensor | None:
+        """The base's own loss and its tokens."""
+        if self.next_ids is None:
+            return None
+        loss = self.base_log_sum - all_reduce(self.base_cross.clone(), dist.ReduceOp.SUM, self.group)
+        return torch.stack((loss.double(), (self.next_ids != NOT_IN_VOCABULARY).sum().double()))
 
     def _teach(self, positions: Tensor) -> _Target:
         request, vocabulary = self.request, self.request.vocabulary
@@ -226,16 +245,31 @@ class _Work:
         # Rows of NaN have no peak; the clamp keeps the index valid, and the loss says NaN.
         ids = all_reduce(peak.entry, dist.ReduceOp.MIN, self.group).clamp_(max=vocabulary.vocab_size - 1)
         if request.labels is not None:
+            if self.next_ids is not None:
+                self._exponentiate_teacher(positions, logits, peak.value)
             return _Target(ids, torch.ones_like(ids, dtype=torch.bool), None)
         is_kept = vocabulary.to_draft(ids) != NOT_IN_VOCABULARY
         if request.keep_out_of_vocabulary:
             is_kept = torch.ones_like(is_kept)
-        highest = peak.value
-        if not vocabulary.shares_logits:
-            logits = self._draft_logits(hidden, logits)
-            highest = row_peak(logits, vocabulary.student.first, self.group).value
-        total = exponentiate(logits, highest, self.group).total
-        return _Target(ids, is_kept, logits.mul_((is_kept / total)[:, None]))
+        if vocabulary.shares_logits:
+            total = self._exponentiate_teacher(positions, logits, peak.value)
+            return _Target(ids, is_kept, logits.mul_((is_kept / total)[:, None]))
+        draft_logits = self._draft_logits(hidden, logits)
+        if self.next_ids is not None:
+            self._exponentiate_teacher(positions, logits, peak.value)
+        highest = row_peak(draft_logits, vocabulary.student.first, self.group).value
+        total = exponentiate(draft_logits, highest, self.group).total
+        return _Target(ids, is_kept, draft_logits.mul_((is_kept / total)[:, None]))
+
+    def _exponentiate_teacher(self, positions: Tensor, logits: Tensor, highest: Tensor) -> Tensor:
+        """Logits over the full vocabulary become exponentials; their totals [n]. In passing, the base's own loss."""
+        if self.next_ids is None:
+            return exponentiate(logits, highest, self.group).total
+        next_ids, first = self.next_ids.index_select(0, positions), self.request.vocabulary.teacher.first
+        surprise = against_labels(logits, highest, next_ids, first, self.group, wants_gradients=False)
+        self.base_log_sum += (surprise.log_sum * (next_ids != NOT_IN_VOCABULARY)).sum()
+        self.base_cross += surprise.label.sum()
+        return surprise.total
 
     def _draft_logits(self, hidden: Tensor, logits: Tensor) -> Tensor:
         """The teacher's logits over this rank's slice of the draft vocabulary, [n, width]."""

@@ -22,8 +22,8 @@ class LossOutput(NamedTuple):
             acceptance length is 1 + accepted / judged_by_step[0].
         regression_by_step: distance of the draft's states from the base's, where it is part of the loss: sums over the
             counted rows, without decay, [K]; ``None`` elsewhere.
-        language_model: where the base is trained too, its own loss, which `loss` contains, and the tokens that it is
-            over: sums, [2]; ``None`` elsewhere.
+        language_model: the base's own loss, where it is asked for, and the tokens that it is over: sums, float64 [2].
+            `loss` contains it where the base is trained too. ``None``: not asked for.
     """
 
     loss: Tensor

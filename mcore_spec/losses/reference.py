@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mcore_spec.losses.outcome import LossOutput
-from mcore_spec.losses.vocabulary import Vocabulary
+from mcore_spec.losses.vocabulary import NOT_IN_VOCABULARY, Vocabulary
 
 
 def distillation_loss_reference(
@@ -27,6 +27,7 @@ def distillation_loss_reference(
     keep_out_of_vocabulary: bool = False,
     ahead: Sequence[int] | None = None,
     num_judged: int | None = None,
+    next_ids: Tensor | None = None,
 ) -> LossOutput:
     """`fused.distillation_loss`, which has the arguments' full description, for a group of one rank.
 
@@ -41,6 +42,7 @@ def distillation_loss_reference(
         keep_out_of_vocabulary: whether rows stay whose teacher argmax is not in the draft vocabulary.
         ahead: what stands for k in positions and decay, one a tensor of `student`, or None.
         num_judged: how many of them the statistics are about, or None.
+        next_ids: int64 [rows], the token behind each row where the base is judged too, or None.
 
     Returns:
         The sums; `loss` carries gradients to `student` and to the student's heads.
@@ -55,6 +57,12 @@ def distillation_loss_reference(
     judged = slice(num_judged)
     entered, correct = torch.zeros_like(counted), torch.zeros_like(counted)
     losses = []
+    language_model = None
+    if next_ids is not None:
+        is_wanted = next_ids != NOT_IN_VOCABULARY
+        log_p = (teacher.detach()[position[is_wanted]] @ teacher_head.T).to(wide).log_softmax(1)
+        own = -log_p.gather(1, next_ids[is_wanted, None]).sum()
+        language_model = torch.stack((own.double(), is_wanted.sum().double()))
     for k, hidden in enumerate(student):
         student_head = vocabulary.student_heads[vocabulary.head_of(k)][: len(draft_ids)]
         # A zero that depends on every input, so that a step without rows has gradients of zero.
@@ -82,6 +90,7 @@ def distillation_loss_reference(
         judged_by_step=counted[judged].sum(1),
         correct_by_step=correct[judged].sum(1),
         accepted=torch.tensor(sum(_accepted(row) for row in correct[judged].T.tolist()), device=counted.device),
+        language_model=language_model,
     )
 
 

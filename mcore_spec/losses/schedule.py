@@ -41,7 +41,13 @@ class Chunk(NamedTuple):
 
 
 def schedule(
-    position: Tensor, counted: Tensor, *, num_positions: int, max_positions: int, ahead: Sequence[int] | None = None
+    position: Tensor,
+    counted: Tensor,
+    *,
+    num_positions: int,
+    max_positions: int,
+    ahead: Sequence[int] | None = None,
+    further: Tensor | None = None,
 ) -> list[Chunk]:
     """Cut the positions that any counted row needs into chunks of nearly equal size.
 
@@ -53,6 +59,7 @@ def schedule(
         num_positions: positions there are.
         max_positions: largest size of a chunk.
         ahead: what stands for k above, one a step; ``None``: its number.
+        further: positions that are needed without a row too, bool [num_positions]; ``None``: there are none.
     """
     ahead = range(len(counted)) if ahead is None else ahead
     assert position.unique().shape == position.shape, "no two rows share a position"
@@ -60,6 +67,8 @@ def schedule(
     rows = [order[is_counted[order]] for is_counted in counted]
     targets = [position[step_rows] + 1 + distance for distance, step_rows in zip(ahead, rows, strict=True)]
     is_needed = torch.zeros(num_positions, dtype=torch.bool, device=position.device)
+    if further is not None:
+        is_needed |= further
     for target in targets:
         is_needed[target] = True
     needed = is_needed.nonzero().flatten()

@@ -110,21 +110,26 @@ def exponentiate(logits: Tensor, highest: Tensor, group: Group, *, weights: Tens
 
 
 class Surprise(NamedTuple):
-    """What labels cost; a row's loss is `log_sum` minus the sum of `label` over the group. Both [n].
+    """What labels cost; a row's loss is `log_sum` minus the sum of `label` over the group. All [n].
 
     Attributes:
-        log_sum: logarithm of the sum of the shifted exponentials, the same on every rank.
+        total: sum of the shifted exponentials, the same on every rank.
         label: the label's shifted logit, 0 on ranks that do not hold it.
     """
 
-    log_sum: Tensor
+    total: Tensor
     label: Tensor
+
+    @property
+    def log_sum(self) -> Tensor:
+        """Logarithm of the sum of the shifted exponentials."""
+        return self.total.log()
 
 
 def against_labels(
     logits: Tensor, highest: Tensor, labels: Tensor, first: int, group: Group, *, wants_gradients: bool
 ) -> Surprise:
-    """Cross-entropy with hard labels; `logits` becomes onehot - q where gradients are wanted.
+    """Cross-entropy with hard labels; `logits` becomes onehot - q where gradients are wanted, else the exponentials.
 
     Args:
         logits: this rank's slice, [n, width]; the width may be 0.
@@ -132,7 +137,7 @@ def against_labels(
         labels: vocabulary indices, int64 [n]; one that no rank's slice holds stands in no column.
         first: vocabulary index of the slice's first column.
         group: ranks that hold the slices.
-        wants_gradients: whether `logits` is of use afterwards.
+        wants_gradients: which of the two `logits` becomes.
     """
     width, column = logits.shape[1], labels - first
     is_here = ((column >= 0) & (column < width)).to(logits.dtype)
@@ -141,7 +146,7 @@ def against_labels(
     total = exponentiate(logits, highest, group).total
     if width > 0 and wants_gradients:
         logits.mul_((-1 / total)[:, None]).scatter_add_(1, column, is_here[:, None])
-    return Surprise(total.log(), label)
+    return Surprise(total, label)
 
 
 def _tiles(block: Tensor) -> list[slice]:

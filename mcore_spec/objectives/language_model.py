@@ -9,6 +9,8 @@ from mcore_spec.bases.features import Features
 from mcore_spec.data.batch import Batch
 from mcore_spec.losses.next_token import next_token_loss
 from mcore_spec.losses.outcome import LossOutput
+from mcore_spec.losses.vocabulary import NOT_IN_VOCABULARY
+from mcore_spec.objectives.rows import next_ids
 from mcore_spec.parallel.documents import Documents
 
 
@@ -26,11 +28,12 @@ def with_language_model(
         documents: of the batch.
         features: the base's, with their gradient.
     """
+    labels = next_ids(batch, documents)
     own = next_token_loss(
         base.tp.enter(features.last)[:, 0],
         base.head_weight(),
-        labels=documents.take(batch.step_token_ids, 1)[0],
-        counted=documents.take(batch.produced),
+        labels=labels,
+        counted=labels != NOT_IN_VOCABULARY,
         vocab_size=base.architecture.vocab_size,
         tp=base.tp,
     )

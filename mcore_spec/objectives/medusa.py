@@ -12,7 +12,7 @@ from mcore_spec.drafts.medusa import MedusaDraft
 from mcore_spec.losses.fused import distillation_loss
 from mcore_spec.losses.outcome import LossOutput
 from mcore_spec.objectives.objective import Task
-from mcore_spec.objectives.rows import relate_vocabularies, teacher_rows
+from mcore_spec.objectives.rows import next_ids, relate_vocabularies, teacher_rows
 from mcore_spec.parallel.documents import Documents
 
 
@@ -24,7 +24,15 @@ def medusa_task(config: MedusaConfig) -> Task:
 class MedusaObjective:
     """See `Objective`. Step k is head k: row t reads the base's state at t and predicts x[t+2+k]."""
 
-    def __init__(self, config: MedusaConfig, base: Base, draft: MedusaDraft, *, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        config: MedusaConfig,
+        base: Base,
+        draft: MedusaDraft,
+        *,
+        recompute: bool = False,
+        judges_base: bool = False,
+    ) -> None:
         """Look at the heads.
 
         Args:
@@ -32,8 +40,10 @@ class MedusaObjective:
             base: the teacher.
             draft: the student.
             recompute: compute the activations of each head's residual blocks again in backward.
+            judges_base: take the base's own loss along.
         """
-        self.config, self.base, self.draft, self.recompute = config, base, draft, recompute
+        self.config, self.base, self.draft = config, base, draft
+        self.recompute, self.judges_base = recompute, judges_base
         token_ids = draft.head_token_ids() if draft.has_reduced_vocabulary else None
         self.vocabulary = relate_vocabularies(base, draft.own_heads(), token_ids)
 
@@ -49,4 +59,5 @@ class MedusaObjective:
             vocabulary=self.vocabulary,
             decay=config.medusa_loss_decay_factor,
             labels=None if config.medusa_self_logit_distillation else documents.take(batch.labels, 1),
+            next_ids=next_ids(batch, documents) if self.judges_base else None,
         )

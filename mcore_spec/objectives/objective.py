@@ -43,8 +43,10 @@ class Task:
         starts_linearly: whether the draft has a start from data (--fit-start).
         trains_base: whether the base is trained too, for the next token.
         trains_through_features: whether the draft's gradient flows on into a base that is trained.
-        make_objective: ``make_objective(base, draft, recompute=...)``; `recompute`: compute the activations of each
-            step again in backward.
+        make_objective: ``make_objective(base, draft, recompute=..., judges_base=...)``; `recompute`: compute the
+            activations of each step again in backward; `judges_base`: take the base's own loss along
+            (`LossOutput.language_model`), from the logits that teach, so it is that of `Features.teacher` where there
+            is one.
     """
 
     num_steps: int

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mcore_spec.bases.base import Base
 from mcore_spec.bases.features import Features
+from mcore_spec.data.batch import Batch
 from mcore_spec.layers.linear import VocabularyHead
-from mcore_spec.losses.vocabulary import Vocabulary
+from mcore_spec.losses.vocabulary import NOT_IN_VOCABULARY, Vocabulary
 from mcore_spec.parallel.documents import Documents, whole_rows
 from mcore_spec.parallel.tensor_parallel import TensorParallel
 
@@ -18,6 +19,11 @@ from mcore_spec.parallel.tensor_parallel import TensorParallel
 def teacher_rows(features: Features, documents: Documents, tp: TensorParallel) -> Tensor:
     """The teacher's last hidden states of the whole row, [rows, h]; its logits are computed block by block."""
     return whole_rows(features.last if features.teacher is None else features.teacher, documents, tp)
+
+
+def next_ids(batch: Batch, documents: Documents) -> Tensor:
+    """The token behind each of this rank's rows, int64; `NOT_IN_VOCABULARY` where the base need not produce it."""
+    return documents.take(batch.step_token_ids[0].masked_fill(~batch.produced, NOT_IN_VOCABULARY))
 
 
 @torch.no_grad()

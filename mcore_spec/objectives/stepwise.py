@@ -25,7 +25,7 @@ from mcore_spec.losses.fused import distillation_loss
 from mcore_spec.losses.outcome import LossOutput
 from mcore_spec.losses.regression import feature_regression
 from mcore_spec.objectives.objective import Task
-from mcore_spec.objectives.rows import relate_vocabularies, teacher_rows
+from mcore_spec.objectives.rows import next_ids, relate_vocabularies, teacher_rows
 from mcore_spec.parallel.documents import Documents
 
 # Tokens of the document whose noise has the configured amplitude; a longer one has less (EAGLE-1's training code).
@@ -100,6 +100,7 @@ class StepwiseObjective:
         *,
         terms: Terms = ENTROPY,
         recompute: bool = False,
+        judges_base: bool = False,
     ) -> None:
         """Look at both heads.
 
@@ -109,9 +110,10 @@ class StepwiseObjective:
             draft: the student.
             terms: of the loss.
             recompute: compute the activations of each TTT step again in backward.
+            judges_base: take the base's own loss along.
         """
-        self.config, self.base, self.draft, self.recompute = config, base, draft, recompute
-        self.terms = terms
+        self.config, self.base, self.draft = config, base, draft
+        self.terms, self.recompute, self.judges_base = terms, recompute, judges_base
         further = draft.parallel_draft_heads
         self.states = judged_states(config)
         self.num_judged = num_proposed(config)
@@ -148,6 +150,7 @@ class StepwiseObjective:
             labels=None if config.eagle_self_logit_distillation else documents.take(batch.labels, 1)[ahead],
             ahead=ahead,
             num_judged=self.num_judged,
+            next_ids=next_ids(batch, documents) if self.judges_base else None,
         )
         return self._with_regression(entropy, outputs, teacher, position, counted[: len(outputs)])
 

@@ -38,7 +38,8 @@ def documents() -> list[Document]:
 
 
 def train(*, directory: Path, mode: Mode, layout: str, has_d2t: bool = False) -> dict[str, Any]:
-    """Two plain steps on the same documents; losses as a Trainer would report them, and the draft afterwards."""
+    """Two plain steps on the same documents; losses as a Trainer would report them, the base's own on this rank's
+    documents, and the draft afterwards."""
     size, rank = dist.get_world_size(), dist.get_rank()
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
     convert(model, mode, d2t=draft_to_target() if has_d2t else None)
@@ -56,19 +57,22 @@ def train(*, directory: Path, mode: Mode, layout: str, has_d2t: bool = False) ->
     group = mesh["cp"].get_group() if layout == "cp" else None
     wrapped = _wrap(model, layout)
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=LEARNING_RATE)
-    losses = []
+    losses, lm_losses = [], []
     with mock.patch.object(forward, "context_group", return_value=group):
         for _ in range(STEPS):
             optimizer.zero_grad()
             # Gradients are means over ranks; Trainer scales the loss for that.
-            loss = _loss(wrapped, batch, count, mesh if layout == "cp" else None) * size
+            output = _forward(wrapped, batch, count, mesh if layout == "cp" else None)
+            lm_losses.append(float(output.lm_loss))
+            loss = output.loss * size
             loss.backward()
             optimizer.step()
             total = loss.detach().clone()
             dist.all_reduce(total)
             losses.append(float(total) / size)
     state = {name: _whole(value) for name, value in model.state_dict().items()}
-    return {"losses": losses, "state": {name: value for name, value in state.items() if "model.layers" not in name}}
+    state = {name: value for name, value in state.items() if "model.layers" not in name}
+    return {"losses": losses, "lm_losses": lm_losses, "state": state}
 
 
 def start(*, directory: Path) -> dict[str, Any]:
@@ -117,9 +121,9 @@ def _wrap(model: Any, layout: str) -> nn.Module:
     return model
 
 
-def _loss(model: nn.Module, batch: dict[str, Tensor], count: Tensor, mesh: Any) -> Tensor:
+def _forward(model: nn.Module, batch: dict[str, Tensor], count: Tensor, mesh: Any) -> Any:
     if mesh is None:
-        return model(**batch, num_items_in_batch=count).loss
+        return model(**batch, num_items_in_batch=count)
     inputs = {name: value.clone() for name, value in batch.items()}
     shape = inputs["input_ids"].shape
     inputs["position_ids"] = torch.arange(shape[1]).repeat(shape[0], 1)
@@ -127,7 +131,7 @@ def _loss(model: nn.Module, batch: dict[str, Tensor], count: Tensor, mesh: Any) 
     # As Trainer and accelerate do it: every tensor is cut in place, and attention of transformers is replaced.
     with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[1] * len(buffers), no_restore_buffers=set(buffers)):
         assert inputs["input_ids"].shape[1] * mesh.size() == shape[1]
-        return model(**inputs, num_items_in_batch=count).loss
+        return model(**inputs, num_items_in_batch=count)
 
 
 def _whole(value: Tensor) -> Tensor:

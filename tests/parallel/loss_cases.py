@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mcore_spec.errors import ConfigError
 from mcore_spec.losses.fused import LossOutput, Vocabulary, distillation_loss
+from mcore_spec.losses.vocabulary import NOT_IN_VOCABULARY
 from mcore_spec.parallel.collectives import gather_without_grad
 from mcore_spec.parallel.tensor_parallel import TensorParallel
 from tests.tiny import VOCAB_SIZE, draft_to_target
@@ -49,6 +50,7 @@ def make_case(
     step_heads: bool = False,
     labels: bool = False,
     keep: bool = False,
+    judges_base: bool = False,
     ties: bool = False,
     vocab_size: int = VOCAB_SIZE,
     draft_size: int = DRAFT_SIZE,
@@ -63,6 +65,7 @@ def make_case(
         step_heads: besides one of the two, a head of its own for each step.
         labels: hard labels.
         keep: out-of-vocabulary rows stay.
+        judges_base: the base's own loss is wanted at some rows, among them one whose position nothing else needs.
         ties: whole numbers, whose products are exact, and every row of both heads stands there twice, in the two
             halves of the vocabulary.
         vocab_size: of the base.
@@ -96,6 +99,11 @@ def make_case(
         # What the mask leaves out has no label, as in a data pipeline.
         drawn = torch.randint(vocab_size, counted.shape, generator=random)
         options["labels"] = torch.where(counted, drawn, -100)
+    if judges_base:
+        # No row is judged at the first position.
+        is_wanted = (torch.rand(NUM_ROWS, generator=random) < 0.6) | (position == position.min())
+        drawn = torch.randint(vocab_size, (NUM_ROWS,), generator=random)
+        options["next_ids"] = torch.where(is_wanted, drawn, NOT_IN_VOCABULARY)
     return Case(
         student=[(step + (0 if ties else 0.3) * normal(NUM_ROWS, HIDDEN)).to(dtype) for step in near],
         teacher=teacher.to(dtype),
@@ -148,7 +156,7 @@ def inputs(case: Case) -> dict[str, Any]:
 
 
 def detached(output: LossOutput) -> LossOutput:
-    return LossOutput(*(value.detach() for value in output if value is not None))
+    return LossOutput(*(None if value is None else value.detach() for value in output))
 
 
 def padded(head: Tensor, num_rows: int) -> Tensor:

@@ -134,8 +134,8 @@ def test_forward_with_labels(model: Any) -> None:
     output = model(input_ids=ids, labels=ids)
     assert output.loss.requires_grad and output.loss.ndim == 0
     assert output.accuracy.shape == (3,) and 1 <= float(output.acceptance_length) <= 4
-    assert output.lm_loss is None and output.logits is None
-    loss, accuracy, _ = model(input_ids=ids, labels=ids, return_dict=False)
+    assert output.lm_loss.ndim == 0 and not output.lm_loss.requires_grad and output.logits is None
+    loss, accuracy, _, _ = model(input_ids=ids, labels=ids, return_dict=False)
     assert torch.equal(loss, output.loss) and torch.equal(accuracy, output.accuracy)
 
 
@@ -155,6 +155,26 @@ def test_evaluation_also_gives_what_the_base_says(model: Any, base_dir: Path) ->
     assert torch.allclose(output.lm_loss, plain.loss, atol=1e-5)
     assert torch.allclose(output.logits[mask == 1], plain.logits[mask == 1], atol=1e-4)
     assert not output.logits[mask == 0].any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["eagle3", "eagle3, reduced vocabulary", "medusa"])
+def test_the_bases_loss_is_transformers(model: Any, base_dir: Path, name: str, training: bool) -> None:
+    """On answers behind prompts, padded on either side; no row of the draft counts in the last one."""
+    ids, mask = tokens(rows=4), torch.ones(4, 12, dtype=torch.int64)
+    mask[1, :3] = mask[2, 9:] = 0
+    labels = ids.masked_fill(mask == 0, IGNORED)
+    labels[0, :5] = labels[1, :6] = labels[2, 3:6] = labels[3, :11] = IGNORED
+    labels[2, 0] = IGNORED
+    d2t = draft_to_target() if "reduced" in name else None
+    drafted(model, MODES[name.split(",")[0]], d2t=d2t).train(training)
+    with torch.set_grad_enabled(training):
+        output = model(input_ids=ids, attention_mask=mask, labels=labels)
+        plain = AutoModelForCausalLM.from_pretrained(base_dir)(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), labels=labels
+        )
+    assert torch.allclose(output.lm_loss, plain.loss.detach(), rtol=1e-6)
+    assert (output.logits is None) == training
 
 
 def test_one_token_has_one_weight(model: Any) -> None:
@@ -184,9 +204,9 @@ def test_one_token_has_one_weight(model: Any) -> None:
 def test_a_batch_without_a_counted_row_adds_nothing(model: Any) -> None:
     drafted(model).train()
     ids = tokens()
-    loss = model(input_ids=ids, labels=torch.full_like(ids, IGNORED)).loss
-    loss.backward()
-    assert float(loss.detach()) == 0
+    output = model(input_ids=ids, labels=torch.full_like(ids, IGNORED))
+    output.loss.backward()
+    assert float(output.loss.detach()) == float(output.lm_loss) == 0
     assert not any(p.grad is not None and p.grad.any() for p in model.eagle_module.parameters())
 
 

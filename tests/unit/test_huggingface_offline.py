@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -100,6 +101,15 @@ def test_stored_states_train_as_the_base_does(mode: str, is_normed: bool, base_d
     assert any((expected[name] - before[name]).abs().max() > 1e-3 for name in of_draft)
     for name in of_draft:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-11)
+
+
+def test_the_bases_loss_is_that_of_the_stored_states(base_dir: Path) -> None:
+    model: Any = mcore_spec.convert(AutoModelForCausalLM.from_pretrained(base_dir), "medusa").train()
+    token_ids = torch.tensor([[5, 6, 7, 8]])
+    states = torch.randn(1, 4, model.config.hidden_size, dtype=torch.float64)
+    output = model(input_ids=token_ids, labels=token_ids, last_hidden_states=states)
+    expected = F.cross_entropy(states[0, :-1] @ model.lm_head.weight.T, token_ids[0, 1:])
+    torch.testing.assert_close(output.lm_loss, expected.detach())
 
 
 @pytest.mark.parametrize(

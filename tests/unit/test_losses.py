@@ -22,6 +22,7 @@ from mcore_spec.losses.blocks import HOST_MAX_LOGITS
 from mcore_spec.losses.fused import LossOutput, Vocabulary, distillation_loss
 from mcore_spec.losses.reference import distillation_loss_reference
 from mcore_spec.losses.schedule import schedule
+from mcore_spec.losses.vocabulary import NOT_IN_VOCABULARY
 from tests.parallel.loss_cases import (
     DECAY,
     NUM_POSITIONS,
@@ -47,8 +48,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "heads of the steps": {"own_head": True, "step_heads": True},
     "heads of the steps, labels": {"own_head": True, "step_heads": True, "labels": True},
     "heads of the steps, reduced": {"reduced": True, "step_heads": True},
+    "base too, shared head": {"judges_base": True},
+    "base too, own head": {"own_head": True, "judges_base": True},
+    "base too, reduced": {"reduced": True, "judges_base": True},
+    "base too, labels": {"own_head": True, "labels": True, "judges_base": True},
 }
-DROPPING = ("reduced", "labels, reduced", "heads of the steps, reduced")
+DROPPING = ("reduced", "labels, reduced", "heads of the steps, reduced", "base too, reduced")
+JUDGING = [name for name in KINDS if name.startswith("base too")]
 LOSSES = [distillation_loss, distillation_loss_reference]
 STATISTICS = LossOutput._fields[2:6]
 
@@ -65,6 +71,10 @@ def assert_same(actual: Result, expected: Result) -> None:
     assert_near(actual.output.loss_by_step, expected.output.loss_by_step)
     for name in STATISTICS:
         assert torch.equal(getattr(actual.output, name), getattr(expected.output, name)), name
+    own, expected_own = actual.output.language_model, expected.output.language_model
+    assert (own is None) == (expected_own is None)
+    if own is not None and expected_own is not None:
+        assert_near(own, expected_own)
     for ours, theirs in zip(actual.gradients.student, expected.gradients.student, strict=True):
         assert_near(ours, theirs)
     head, expected_head = actual.gradients.head, expected.gradients.head
@@ -122,6 +132,35 @@ def test_nothing_counted_is_nothing(name: str, function: Any) -> None:
         assert not grad.any() and not grad.isnan().any()
 
 
+@pytest.mark.parametrize("function", LOSSES)
+@pytest.mark.parametrize("name", JUDGING)
+def test_the_bases_own_loss_is_torch_cross_entropy(name: str, function: Any) -> None:
+    """Also where no row of the student counts."""
+    case = make_case(**KINDS[name])
+    next_ids = case.options["next_ids"]
+    wanted = next_ids != NOT_IN_VOCABULARY
+    logits = case.teacher[case.position[wanted]] @ case.teacher_head.T
+    expected = torch.stack((F.cross_entropy(logits, next_ids[wanted], reduction="sum"), wanted.sum()))
+    for counted in (case.counted, torch.zeros_like(case.counted)):
+        assert_near(evaluate(case._replace(counted=counted), function).output.language_model, expected)
+
+
+@pytest.mark.parametrize("name", JUDGING)
+def test_the_bases_own_loss_changes_nothing_else(name: str) -> None:
+    """Bit for bit where the positions are those of the student's rows: what is multiplied has the same shape."""
+    case = make_case(**KINDS[name])
+    at = case.position + 1 + torch.arange(len(case.student))[:, None]
+    next_ids = case.options["next_ids"].masked_fill(~torch.isin(case.position, at[case.counted]), NOT_IN_VOCABULARY)
+    assert (next_ids != NOT_IN_VOCABULARY).sum() > 10
+    without = case._replace(options={key: value for key, value in case.options.items() if key != "next_ids"})
+    ours = evaluate(case._replace(options=case.options | {"next_ids": next_ids}), distillation_loss)
+    theirs = evaluate(without, distillation_loss)
+    assert ours.output.language_model is not None and theirs.output.language_model is None
+    assert all(map(torch.equal, ours.output[:6], theirs.output[:6]))
+    assert all(map(torch.equal, ours.gradients.student, theirs.gradients.student))
+    assert case.is_shared or torch.equal(ours.gradients.head, theirs.gradients.head)
+
+
 def test_only_counted_rows_and_needed_positions_are_read() -> None:
     case = make_case(own_head=True)
     expected = evaluate(case, distillation_loss)
@@ -152,6 +191,16 @@ def test_schedule(max_positions: int) -> None:
         for row, slot in zip(step.rows.tolist(), step.slots.tolist(), strict=True)
     ]
     assert sorted(judged) == [(0, 0, 8), (0, 1, 3), (0, 2, 4), (1, 1, 4), (1, 3, 13)]
+
+
+def test_a_schedule_with_further_positions() -> None:
+    further = torch.zeros(14, dtype=torch.bool)
+    further[[0, 4]] = True
+    for is_counted, positions, slots in ((True, [0, 3, 4], [[1, 2]]), (False, [0, 4], [])):
+        counted = torch.full((1, 2), is_counted)
+        (chunk,) = schedule(torch.tensor([2, 3]), counted, num_positions=14, max_positions=9, further=further)
+        assert chunk.positions.tolist() == positions
+        assert [step.slots.tolist() for step in chunk.steps] == slots
 
 
 @pytest.mark.parametrize("function", LOSSES)
@@ -300,7 +349,7 @@ def test_backward_can_run_twice() -> None:
 
 
 # Not where rows are dropped for the teacher's argmax, which rounding may change.
-@pytest.mark.parametrize("name", ["shared head", "own head", "reduced, kept", "labels, reduced"])
+@pytest.mark.parametrize("name", ["shared head", "own head", "reduced, kept", "labels, reduced", "base too, own head"])
 def test_bfloat16_is_near_float64(name: str) -> None:
     """Logits are rounded to 8 bits once; the softmax and the sums are float32."""
     narrow = make_case(**KINDS[name], dtype=torch.bfloat16)
@@ -309,6 +358,8 @@ def test_bfloat16_is_near_float64(name: str) -> None:
     assert ours.output.loss.dtype == torch.float32
     assert torch.equal(ours.output.judged_by_step, theirs.output.judged_by_step)
     assert torch.allclose(ours.output.loss_by_step.double(), theirs.output.loss_by_step, rtol=0.01)
+    if theirs.output.language_model is not None:
+        assert torch.allclose(ours.output.language_model, theirs.output.language_model, rtol=0.01)
     heads = [] if theirs.gradients.head is None else [(ours.gradients.head, theirs.gradients.head)]
     for grad, expected in [*zip(ours.gradients.student, theirs.gradients.student, strict=True), *heads]:
         assert grad.dtype == torch.bfloat16
