@@ -7,8 +7,7 @@ megatron-core's schedule (`run_stage`), which takes the gradients of the same pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from mcore_spec.bases.megatron_build import BaseGPTModel, cached_options, descri
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import UnsupportedError
 from mcore_spec.layers.cache import KeyValueCache, NewRows
+from mcore_spec.layers.capture import captured
 from mcore_spec.layers.embedding import embed_tokens
 from mcore_spec.parallel.collectives import group_rank, group_size
 from mcore_spec.parallel.documents import Documents
@@ -338,9 +338,10 @@ class MegatronBase:
     ) -> Features | Tensor:
         """This stage's layers, and what `run_stage` returns."""
         self._check_layers("computes no hidden states")
-        with capture_layer_outputs(self.model, aux_layer_ids) as captured:
+        read = [layer for layer in self.model.decoder.layers if layer.layer_number - 1 in aux_layer_ids]
+        with captured(read, lambda _, output: output[0]) as outputs:
             hidden = self.model.decoder(hidden_states=embedded, attention_mask=None, **options)
-        aux = [*received, *captured]
+        aux = [*received, *outputs]
         if not self.is_last_stage:
             return torch.cat([hidden, *aux], dim=-1)
         return Features(aux=torch.cat(aux, dim=-1) if aux else None, last=hidden)
@@ -375,20 +376,3 @@ class MegatronBase:
 
     def _communicator(self) -> P2PCommunicator:
         return P2PCommunicator(self.pp_group, self.model.config)
-
-
-@contextmanager
-def capture_layer_outputs(model: GPTModel, layer_ids: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Outputs of this stage's layers among `layer_ids`, appended in layer order during the block."""
-    captured: list[Tensor] = []
-
-    def keep(_layer: nn.Module, _inputs: object, output: tuple[Tensor, object]) -> None:
-        captured.append(output[0])
-
-    wanted = set(layer_ids)
-    handles = [layer.register_forward_hook(keep) for layer in model.decoder.layers if layer.layer_number - 1 in wanted]
-    try:
-        yield captured
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -26,6 +26,7 @@ from mcore_spec.config import BaseArchitecture
 from mcore_spec.config.base import HF_FAMILIES
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import ConfigError, UnsupportedError
+from mcore_spec.layers.capture import captured
 from mcore_spec.layers.rotary import RotaryEmbedding
 from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.layout import is_rank_zero
@@ -201,7 +202,8 @@ class TransformersBase:
             stack.enter_context(_with_packed_attention(self.decoder))
             if self.rotary.has_two_tables:
                 stack.enter_context(self._with_table_of_each_document(documents))
-            captured = stack.enter_context(capture_layer_outputs(self.layers, aux_layer_ids))
+            read = [self.layers[layer] for layer in sorted(set(aux_layer_ids))]
+            outputs = stack.enter_context(captured(read, lambda _, output: output))
             output = self.decoder(
                 input_ids=documents.take(token_ids, 1),
                 position_ids=positions[None],
@@ -213,7 +215,7 @@ class TransformersBase:
             # FSDP gathers weights in hooks around a module's forward. The head's is run, on no rows, so that its weight
             # is there for the loss and the hooks of its unit find each module called.
             self.head(last[:0])
-        aux = [hidden.transpose(0, 1).to(self.device) for hidden in captured]
+        aux = [hidden.transpose(0, 1).to(self.device) for hidden in outputs]
         return Features(aux=torch.cat(aux, dim=-1) if aux else None, last=last)
 
     @contextmanager
@@ -307,22 +309,6 @@ def _whole_parameters(module: nn.Module) -> dict[str, Tensor]:
                 own = dict(each.named_parameters(prefix, recurse=False))
         found |= {name: parameter.detach() for name, parameter in own.items()}
     return found
-
-
-@contextmanager
-def capture_layer_outputs(layers: nn.ModuleList, layer_ids: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Outputs of the layers `layer_ids`, appended in layer order during the block; no others are kept."""
-    captured: list[Tensor] = []
-
-    def keep(_layer: nn.Module, _inputs: object, output: Tensor) -> None:
-        captured.append(output)
-
-    handles = [layers[layer].register_forward_hook(keep) for layer in sorted(set(layer_ids))]
-    try:
-        yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

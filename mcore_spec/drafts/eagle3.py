@@ -216,24 +216,32 @@ class Eagle3Draft(StepwiseDraft):
 
         fc is the features' part. The embedding's goes through value and output projection, whose rank it is cut to;
         query and key are one random projection of the embedding, by which a row sees itself before all others. MLPs
-        and further layers start as nothing, the last norm as the base's.
+        and further layers are nothing, the last norm is the base's.
 
         Raises:
             ConfigError: the residual is the normed hidden state, whose length the map cannot use.
         """
         if self.architecture.norm_before_residual:
             raise ConfigError("fit_start needs norm_before_residual = false; leave it at 0")
-        # The last norm multiplies by its weight once more.
-        unweighted = torch.where(final_norm.abs() > 1e-6, 1 / final_norm.double(), 0.0)
-        self.fc.load_whole((solution.features * unweighted).t())
+        self.norm.weight.copy_(final_norm)
+        self.fc.load_whole(self.before_last_norm(solution.features).t())
         first = self._first_layer()
         values = factor(solution, rank=first.num_values)
-        first.linear_start(values._replace(second=values.second * unweighted), seed=seed)
+        first.linear_start(values._replace(second=self.before_last_norm(values.second)), seed=seed)
         for layer in self.layers[1:]:
             assert isinstance(layer, DecoderLayer)
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-        self.norm.weight.copy_(final_norm)
+
+    @property
+    def last_norm(self) -> RMSNorm:
+        """The draft's own."""
+        return self.norm
+
+    @property
+    def hands_on_size(self) -> bool:
+        """Only where the state is normed too."""
+        return self.architecture.norm_output
 
     def _first_layer(self) -> Eagle3Layer:
         first = self.layers[0]

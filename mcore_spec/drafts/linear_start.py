@@ -1,7 +1,8 @@
 """A start that has seen data: what is linear in a draft's task, solved by least squares.
 
 The base's next hidden state is regressed on what the draft reads: y = last[t+1] on z = [features[t] ; embedding of
-x[t+1]]. One layer can hold the solution, so that training begins where a linear model ends.
+x[t+1]]. One layer can hold the solution. What it leaves is regressed on the inner activations of the layer's MLP, whose
+last matrix holds that: training begins where these end.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ def sums_bytes(*, num_inputs: int, num_outputs: int) -> int:
 
 
 class Moments:
-    """Sums over rows, float64."""
+    """Sums over rows of a regression, float64."""
 
     def __init__(self, num_inputs: int, num_outputs: int, *, device: torch.device) -> None:
         """Nothing yet.
 
         Args:
-            num_inputs: f + h.
+            num_inputs: n.
             num_outputs: h.
-            device: of the sums, of which there are (f + 2 h) (f + h).
+            device: of the sums, of which there are (n + h) n.
         """
         wide = torch.float64
         self.inputs = torch.zeros(num_inputs, num_inputs, dtype=wide, device=device)
@@ -58,35 +59,42 @@ class Moments:
         self.num_rows = torch.zeros((), dtype=wide, device=device)
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
-        """Count rows: [n, f + h] and [n, h]."""
+        """Count rows: [rows, n] and [rows, h]."""
         inputs, targets = inputs.double(), targets.double()
         self.inputs.addmm_(inputs.t(), inputs)
         self.products.addmm_(inputs.t(), targets)
         self.num_rows += inputs.shape[0]
 
-    def feature_size(self) -> float:
-        """Root mean square of each feature, averaged over the features."""
-        num_features = self.inputs.shape[0] - self.products.shape[1]
-        squares = self.inputs.diagonal()[:num_features] / self.num_rows
+    @property
+    def sums(self) -> list[Tensor]:
+        """All there is, for adding up over ranks."""
+        return [self.inputs, self.products, self.num_rows]
+
+    def input_size(self, num_inputs: int) -> float:
+        """Root mean square of each of the first inputs, averaged over them."""
+        squares = self.inputs.diagonal()[:num_inputs] / self.num_rows
         return float(squares.sqrt().mean())
 
     def ridge(self) -> Tensor:
         """What is added to the squares of every input, as a share of them."""
         return RIDGE * self.inputs.shape[0] / self.num_rows.clamp(min=1)
 
-    def solve(self) -> LinearMap:
-        """The map with the least squared error; every input is measured by its own root mean square.
+    def solve(self) -> Tensor:
+        """The map with the least squared error, [n, h]; every input is measured by its own root mean square.
 
         Coefficients are drawn to zero by `ridge`: the fewer rows, the more.
         """
-        num_embedding = self.products.shape[1]
-        num_features = self.inputs.shape[0] - num_embedding
         scale = self.inputs.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
         correlation = self.inputs / scale[:, None] / scale
         correlation.diagonal().add_(self.ridge())
-        solution = torch.linalg.solve(correlation, self.products / scale[:, None]) / scale[:, None]
-        moment = self.inputs[num_features:, num_features:] / self.num_rows.clamp(min=1)
-        return LinearMap(solution[:num_features], solution[num_features:], moment)
+        return torch.linalg.solve(correlation, self.products / scale[:, None]) / scale[:, None]
+
+
+def solve_map(moments: Moments, *, num_features: int) -> LinearMap:
+    """The regression on [features ; embedding] as a map of both."""
+    solution = moments.solve()
+    moment = moments.inputs[num_features:, num_features:] / moments.num_rows.clamp(min=1)
+    return LinearMap(solution[:num_features], solution[num_features:], moment)
 
 
 class Factors(NamedTuple):

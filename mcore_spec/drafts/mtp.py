@@ -55,10 +55,15 @@ class MTPDraft(RecurrentDraft):
         """Both normed."""
         return Joined(self.enorm(embedding), self.hnorm(state))
 
-    def take_final_norm(self, final_norm: Tensor) -> Tensor:
-        """Its weight."""
-        self.norm.weight.copy_(final_norm)
-        return final_norm
+    @property
+    def last_norm(self) -> RMSNorm:
+        """The module's own."""
+        return self.norm
+
+    @property
+    def hands_on_size(self) -> bool:
+        """The state is normed before it is joined."""
+        return False
 
     def finish(self, x: Tensor) -> Tensor:
         """The final norm; its output is fed back, as MiMo's engines do."""

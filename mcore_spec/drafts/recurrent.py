@@ -87,17 +87,13 @@ class RecurrentDraft(StepwiseDraft):
         joined = self.prepare(embedding, features)
         return torch.cat((joined.state, joined.embedding), dim=-1)
 
-    def take_final_norm(self, final_norm: Tensor) -> Tensor:
-        """Let the last norm be the base's; what the last layer's output is then multiplied by, [h]."""
-        return torch.ones_like(final_norm)
-
     @torch.no_grad()
     def linear_start(self, solution: LinearMap, final_norm: Tensor, *, seed: int) -> None:
         """Be the linear map: the projection is its solution, the layers add nothing, a last norm is the base's."""
-        weight = self.take_final_norm(final_norm).double()
-        unweighted = torch.where(weight.abs() > 1e-6, 1 / weight, 0.0)
-        parts = self._in_order(Joined(solution.embedding * unweighted, solution.features * unweighted))
-        self.projection.load_whole(torch.cat(parts).t())
+        if self.last_norm is not None:
+            self.last_norm.weight.copy_(final_norm)
+        parts = self._in_order(Joined(solution.embedding, solution.features))
+        self.projection.load_whole(self.before_last_norm(torch.cat(parts)).t())
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             layer.self_attn.o_proj.weight.zero_()

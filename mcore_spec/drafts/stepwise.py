@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.parallel_heads import ParallelHeads
 from mcore_spec.drafts.steps import Mixing, Past, StepOutput, StepResult, run_steps
 from mcore_spec.layers.attention import Rows, TTTRows
+from mcore_spec.layers.capture import captured
 from mcore_spec.layers.linear import VocabularyHead
+from mcore_spec.layers.mlp import GatedMLP
+from mcore_spec.layers.norm import RMSNorm
 from mcore_spec.parallel.documents import Documents
+
+
+class MLPRows(NamedTuple):
+    """The rows of step 0 at the first layer's MLP.
+
+    Attributes:
+        inner: what its last matrix reads, [s, b, intermediate size / size].
+        before: what its output is added to, [s or s/size, b, h].
+    """
+
+    inner: Tensor
+    before: Tensor
 
 
 class StepwiseDraft(Draft):
@@ -43,6 +59,38 @@ class StepwiseDraft(Draft):
         if self.parallel_draft_heads is None:
             return []
         return [f"{1 + len(self.parallel_draft_heads.medusa_heads)} tokens a step"]
+
+    @property
+    def last_norm(self) -> RMSNorm | None:
+        """The norm between the last layer and the head, where there is one."""
+        return None
+
+    @property
+    def hands_on_size(self) -> bool:
+        """Whether the size of what the head reads goes into the next step's state, and not into the logits alone."""
+        return True
+
+    def before_last_norm(self, last: Tensor) -> Tensor:
+        """What the layers have to put out for the head to read `last`, but for its length; both [..., h], float64."""
+        if self.last_norm is None:
+            return last.double()
+        weight = self.last_norm.weight.double()
+        return last * torch.where(weight.abs() > 1e-6, 1 / weight, 0.0)
+
+    @property
+    def fitted_mlp(self) -> GatedMLP:
+        """The MLP whose last matrix a start from data solves."""
+        mlp = self.layers[0].get_submodule("mlp")
+        assert isinstance(mlp, GatedMLP)
+        return mlp
+
+    def mlp_rows(self, features: Tensor, embedding: Tensor, documents: Documents) -> MLPRows:
+        """What that MLP sees at step 0; arguments as of `forward`."""
+        norm, last = self.layers[0].get_submodule("post_attention_layernorm"), self.fitted_mlp.down_proj
+        with captured([norm, last], lambda arguments, _: arguments[0]) as seen:
+            self(features, [embedding], documents=documents)
+        before, inner = seen
+        return MLPRows(inner, before)
 
     def start(self, features: Tensor) -> Tensor:
         """The state that step 0 reads, [s or s/size, b, h], from the base's features."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -13,19 +13,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from mcore_spec.bases.transformers import TransformersBase
 from mcore_spec.conversion import as_base, conversion_of, find_algorithm
-from mcore_spec.drafts.draft import Draft
-from mcore_spec.drafts.linear_start import Moments
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.hosting.base_run import run_base
 from mcore_spec.hosting.context import context_group
-from mcore_spec.objectives.linear_start import (
-    LinearRows,
-    check_linear_start,
-    linear_rows,
-    num_default_rows,
-    solve_linear_start,
-    sum_rows,
-)
+from mcore_spec.objectives.linear_start import Sample, StartSolver, check_linear_start, is_kept, num_default_rows
 from mcore_spec.objectives.objective import Task
 from mcore_spec.parallel.collectives import Group, group_size
 from mcore_spec.parallel.layout import run_on_every_rank
@@ -95,33 +86,33 @@ def fit_start(
     if num_batches == 0 or (num_batches is None and num_rows == 0):
         return None
     world: Group = dist.group.WORLD if dist.is_initialized() else None
-    share = None if num_batches is not None else -(-num_rows // group_size(world))
     draft = base.draft()
     assert draft is not None, "a converted model has a draft"
+    solver = StartSolver(task, base, draft, data_group=world, copies=(world,))
+    without_autocast = torch.autocast(base.device.type, enabled=False)
+    enough = -(-num_rows // group_size(world))
 
-    def add_up() -> Moments:
-        moments = sum_rows(_rows(base, draft, task, islice(batches, num_batches), enough=share))
-        if moments is None:
+    def add_batches() -> None:
+        num_seen = 0
+        for number, batch in enumerate(islice(batches, num_batches)):
+            keep = is_kept(num_seen, enough) if num_batches is None else is_kept(number, num_batches)
+            sample = _sample(base, task, batch)
+            with without_autocast:
+                num_seen += solver.add(sample, keep=keep)
+            if num_batches is None and num_seen >= enough:
+                return
+        if not solver.kept:
             raise ConfigError("fit_start: there are no batches; give some")
-        return moments
 
-    moments = run_on_every_rank(add_up)
-    size = solve_linear_start(base, draft, moments, data_group=world, copies=(world,), seed=seed)
-    return LinearStart(num_rows=int(moments.num_rows), feature_size=size)
+    run_on_every_rank(add_batches)
+    with without_autocast:
+        size = solver.solve(seed=seed)
+    return LinearStart(num_rows=int(solver.moments.num_rows), feature_size=size)
 
 
 @torch.no_grad()
-def _rows(
-    base: TransformersBase, draft: Draft, task: Task, batches: Iterable[Mapping[str, Any]], *, enough: int | None
-) -> Iterator[LinearRows]:
-    """Rows of each batch, until this process has `enough` of them."""
-    num_seen = 0
-    for batch in batches:
-        call = {name: value for name, value in batch.items() if name != _COUNT}
-        _, _, packed, documents, features = run_base(base, task, call, group=None)
-        with torch.autocast(features.last.device.type, enabled=False):
-            rows = linear_rows(base, draft, packed, documents, features)
-        yield rows
-        num_seen += rows.inputs.shape[0]
-        if enough is not None and num_seen >= enough:
-            return
+def _sample(base: TransformersBase, task: Task, batch: Mapping[str, Any]) -> Sample:
+    """A batch of the loader and the base's features, in the dtype of the draft's weights."""
+    call = {name: value for name, value in batch.items() if name != _COUNT}
+    run = run_base(base, task, call, group=None)
+    return Sample(run.packed, run.documents, run.features)

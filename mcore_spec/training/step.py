@@ -19,7 +19,6 @@ from mcore_spec.data.batch import Batch
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.losses.outcome import LossOutput
 from mcore_spec.objectives.language_model import with_language_model
-from mcore_spec.objectives.linear_start import LinearRows, linear_rows
 from mcore_spec.objectives.objective import Objective, Task
 from mcore_spec.parallel.collectives import Group
 from mcore_spec.parallel.documents import Documents, document_multiple, row_multiple
@@ -113,7 +112,7 @@ class DraftStep:
         this is for validation, and `run_stage` for training.
         """
         assert not (self.task.trains_base and torch.is_grad_enabled()), "a base that is trained runs by run_stage"
-        documents, features = self._run_base(batch)
+        documents, features = self.run_base(batch)
         return None if features is None else self._judge(batch, documents, features)
 
     def run_stage(self, batch: Batch) -> LossOutput | Tensor:
@@ -152,17 +151,8 @@ class DraftStep:
         outcome = self.objective(batch, documents, features if task.trains_through_features else features.detached())
         return with_language_model(outcome, self.base, batch, documents, features) if task.trains_base else outcome
 
-    @torch.no_grad()
-    def linear_rows(self, batch: Batch) -> LinearRows | None:
-        """What a least-squares start learns from: this context-parallel rank's rows that count at step 0."""
-        documents, features = self._run_base(batch)
-        if features is None:
-            return None
-        assert self.draft is not None
-        return linear_rows(self.base, self.draft, batch, documents, features)
-
-    def _run_base(self, batch: Batch) -> BaseRun:
-        """Every stage of the model takes part."""
+    def run_base(self, batch: Batch) -> BaseRun:
+        """The base alone; every stage of the model takes part."""
         documents = self._documents(batch)
         return BaseRun(documents, self.features(batch, documents))
 

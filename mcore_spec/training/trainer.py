@@ -19,7 +19,7 @@ from mcore_spec.data.batch import Batch, Batches
 from mcore_spec.data.document import Document
 from mcore_spec.errors import CheckpointError, ConfigError, TrainingError
 from mcore_spec.losses.outcome import LossOutput
-from mcore_spec.objectives.linear_start import check_linear_start
+from mcore_spec.objectives.linear_start import check_linear_start, is_kept
 from mcore_spec.parallel.layout import is_rank_zero, run_on_every_rank
 from mcore_spec.quantization.modes import finish_step
 from mcore_spec.training.acceptance import AcceptanceCheck
@@ -186,10 +186,10 @@ class Trainer:
     def _fit_start(self) -> float:
         """The draft's first weights from the first batches; the mean size of what it reads."""
 
-        def batches(stop: StopRequest) -> Iterator[Batch]:
-            for index in range(self.config.fit_start or 0):
+        def batches(stop: StopRequest) -> Iterator[tuple[Batch, bool]]:
+            for index in range(total := self.config.fit_start or 0):
                 for batch in self.data.train.micro_batches(index):
-                    yield batch.to(self.device)
+                    yield batch.to(self.device), is_kept(index, total)
                 if stop.is_made_anywhere(self.device):
                     raise StoppedEarly
 

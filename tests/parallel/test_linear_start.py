@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mcore_spec.config import EagleAlgorithm
 from mcore_spec.drafts.linear_start import RIDGE, LinearMap, factor
+from mcore_spec.objectives.linear_start import SHRINKING
 from mcore_spec.parallel.layout import Layout
 from tests.parallel.checks import EACH_AXIS
 from tests.parallel.linear_start_cases import RECURRENT
 from tests.parallel.training_cases import documents
 from tests.pool import RankPool
+from tests.reference.drafts import ACTIVATIONS, Shape, eagle3, linear, rms_norm
 from tests.tiny import write_hf_model
 
 CASES = "tests.parallel.linear_start_cases"
@@ -32,6 +37,15 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def normed(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+def ridge_regression(z: Tensor, y: Tensor) -> Tensor:
+    """As ordinary least squares with one more row an input, measured by its root sum of squares."""
+    scale = z.pow(2).sum(0).sqrt()
+    share = (RIDGE * z.shape[1] / z.shape[0]) ** 0.5
+    rows = torch.cat((z / scale, share * torch.eye(z.shape[1], dtype=z.dtype)))
+    missing = torch.zeros(z.shape[1], y.shape[1], dtype=y.dtype)
+    return torch.linalg.lstsq(rows, torch.cat((y, missing))).solution / scale[:, None]
 
 
 class Expected(NamedTuple):
@@ -57,14 +71,10 @@ def expected(rank_pool: RankPool, directory: Path) -> Expected:
             if t == 0:
                 firsts.append(row)
     z, y = torch.stack(read), torch.stack(next_states)
-    # Ridge as ordinary least squares with one more row an input.
-    scale = z.pow(2).sum(0).sqrt()
-    ridge = RIDGE * z.shape[1] / z.shape[0]
-    rows = torch.cat((z / scale, ridge**0.5 * torch.eye(z.shape[1], dtype=z.dtype)))
-    solution = torch.linalg.lstsq(rows, torch.cat((y, torch.zeros(z.shape[1], y.shape[1], dtype=y.dtype)))).solution
+    solution = ridge_regression(z, y)
     num_features = z.shape[1] - y.shape[1]
     size = float(z[:, :num_features].pow(2).mean(0).sqrt().mean())
-    return Expected(list(torch.stack(firsts) / scale @ solution), size)
+    return Expected(list(torch.stack(firsts) @ solution), size)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -114,11 +124,7 @@ def test_recurrent_drafts_start_as_the_regression(member: EagleAlgorithm, rank_p
             if number == 2:
                 of_one_document.append(row)
     z, y = torch.stack(rows), torch.stack(next_states)
-    scale = z.pow(2).sum(0).sqrt()
-    share = (RIDGE * z.shape[1] / z.shape[0]) ** 0.5
-    ridge = torch.cat((z / scale, share * torch.eye(z.shape[1], dtype=z.dtype)))
-    solution = torch.linalg.lstsq(ridge, torch.cat((y, torch.zeros(z.shape[1], y.shape[1], dtype=y.dtype)))).solution
-    prediction = torch.stack(of_one_document) / scale @ solution
+    prediction = torch.stack(of_one_document) @ ridge_regression(z, y)
     # Layers pass on what they are given; a last norm divides by the length without its weight.
     wanted = normed(prediction / one["final_norm"]) * one["final_norm"] if is_mtp else prediction
     torch.testing.assert_close(one["hidden"], wanted, rtol=1e-6, atol=1e-8)
@@ -133,6 +139,48 @@ def test_recurrent_drafts_start_as_the_regression(member: EagleAlgorithm, rank_p
         for found in (result["weights"] for result in results if result):
             for key, weight in found.items():
                 torch.testing.assert_close(weight, weights[key], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["", "norm_output", "two layers"])
+def test_the_mlp_is_the_regression_of_what_is_left(kind: str, rank_pool: RankPool, directory: Path) -> None:
+    """On states of the reference draft, whose MLP adds nothing yet."""
+    architecture = {"norm_output": kind == "norm_output", "num_hidden_layers": 2 if kind == "two layers" else 1}
+    (found,) = rank_pool.run(f"{CASES}:staged", world_size=1, directory=directory, architecture=architecture)
+    (inputs,) = rank_pool.run("tests.parallel.training_cases:reference_inputs", world_size=1, directory=directory)
+    mapped, solved, sized = found["weights"]
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    rotary = LlamaRotaryEmbedding(LlamaConfig(hidden_size=16, num_attention_heads=4, head_dim=8, rope_parameters=rope))
+    shape = Shape(
+        num_heads=4, num_kv_heads=2, head_dim=8, eps=1e-5, hidden_act="silu", inv_freq=rotary.inv_freq,
+        num_layers=2 if kind == "two layers" else 1,
+    )  # fmt: skip
+    activations, missing = [], []
+    for document, (aux, last) in zip(documents(), inputs["states"], strict=True):
+        tokens, mask = document.token_ids, document.mask
+        embedding = inputs["embedding"][torch.from_numpy(tokens).roll(-1)]
+        (output,) = eagle3(mapped, shape, aux[:, None], [embedding[:, None]], inputs["head"])
+        before = output.feedback[:, 0]
+        normed_before = rms_norm(mapped, shape, "layers.0.post_attention_layernorm", before)
+        gate, up = (linear(mapped, f"layers.0.mlp.{name}_proj", normed_before) for name in ("gate", "up"))
+        for t in range(len(tokens) - 2):
+            if mask[t + 1] and mask[t + 2]:
+                activations.append(ACTIVATIONS[shape.hidden_act](gate[t]) * up[t])
+                missing.append(last[t + 1] / mapped["norm.weight"] - before[t])
+    expected = ridge_regression(torch.stack(activations), torch.stack(missing))
+    torch.testing.assert_close(solved["layers.0.mlp.down_proj.weight"], expected.t(), rtol=1e-7, atol=1e-9)
+    changed = {name for name in solved if not torch.equal(mapped[name], solved[name])}
+    assert changed == {"layers.0.mlp.down_proj.weight"}
+    # The state that is handed on must not change its size with the logits.
+    if kind == "norm_output":
+        assert all(torch.equal(solved[name], sized[name]) for name in solved)
+        return
+    shares = sized["norm.weight"] / solved["norm.weight"]
+    steps = torch.log(shares) / math.log(SHRINKING)
+    torch.testing.assert_close(steps, steps.round()[:1].expand_as(steps), rtol=0, atol=1e-9)
+    assert {name for name in sized if not torch.equal(solved[name], sized[name])} <= {"norm.weight"}
+    larger, own, smaller = found["losses"]
+    assert own <= smaller
+    assert own < larger or steps[0] == 0
 
 
 def test_few_numbers_keep_what_embeddings_need() -> None:

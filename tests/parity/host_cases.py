@@ -61,7 +61,7 @@ def _start(case: HostCase, *, seed: int) -> HostStart:
     model = import_base(case.directory, Layout()).model
     convert(model, case.mode, d2t=case.d2t)
     step = DraftStep(model)
-    size = fit_linear_start(model, step, [_batch(case, step)], seed=seed)
+    size = fit_linear_start(model, step, [(_batch(case, step), True)], seed=seed)
     draft: Any = MegatronBase(model).draft()
     return HostStart({name: value.clone() for name, value in draft.state_dict().items()}, size)
 
