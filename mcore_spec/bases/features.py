@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from mcore_spec.data.batch import Batch
@@ -24,6 +25,11 @@ class Features(NamedTuple):
     aux: Tensor | None
     last: Tensor
     teacher: Tensor | None = None
+
+    def to(self, device: torch.device) -> Features:
+        """The same states on another device."""
+        aux, teacher = (None if states is None else states.to(device) for states in (self.aux, self.teacher))
+        return Features(aux=aux, last=self.last.to(device), teacher=teacher)
 
     def detached(self) -> Features:
         """The same states, through which no gradient flows into the base."""

@@ -61,7 +61,7 @@ class TrainingConfig(DataConfig):
         "auto",
         description="width: matrices that do not start as the base's rows learn at 4096 / hidden_size times --lr and "
         "--min-lr (muP), so that one rate fits bases of every size. none: --lr for all. auto: width; behind a "
-        "least-squares start --lr, and for fc --lr over the size of what it reads.",
+        "least-squares start matrices learn in proportion to the size of their numbers, at --lr where that is 0.08.",
     )
     lr_decay_style: DecayStyle = Field("cosine", description="Shape of the decay, which ends with the run.")
     lr_warmup_iters: int = Field(0, ge=0, description="Steps of linear warm-up.")

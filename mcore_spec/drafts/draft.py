@@ -126,10 +126,6 @@ class Draft(nn.Module):
         """
         raise UnsupportedError(f"fit_start is not built for {self.label}; leave it at 0")
 
-    def feature_projection(self) -> nn.Parameter | None:
-        """The matrix that reads the base's features as they are, whatever their size, if one does."""
-        return None
-
     def layer_of_base(self) -> nn.Module | None:
         """The decoder layer that starts as the base's last one, if one does."""
         return None

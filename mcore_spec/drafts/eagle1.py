@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mcore_spec.config import BaseArchitecture, EagleConfig
 from mcore_spec.drafts.recurrent import RecurrentDraft
@@ -37,10 +37,6 @@ class Eagle1Draft(RecurrentDraft):
     def projection(self) -> ShardedLinear:
         """fc, of [embedding ; feature]."""
         return self.fc
-
-    def feature_projection(self) -> nn.Parameter | None:
-        """fc's."""
-        return self.fc.weight
 
     def finish(self, x: Tensor) -> Tensor:
         """The predicted feature is the last layer's output."""

@@ -202,10 +202,6 @@ class Eagle3Draft(StepwiseDraft):
         whole[:, -hidden_size:] = torch.eye(hidden_size)
         self.fc.load_whole(whole)
 
-    def feature_projection(self) -> nn.Parameter | None:
-        """fc's."""
-        return self.fc.weight
-
     def linear_inputs(self, features: Tensor, embedding: Tensor) -> Tensor:
         """What fc reads, and the normed embedding; [s or s/size, b, n h + h]."""
         return torch.cat((self._fc_input(features), self._first_layer().input_layernorm(embedding)), dim=-1)

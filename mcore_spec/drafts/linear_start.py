@@ -10,7 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mcore_spec.parallel.sharding import gather_whole, sharded_tensors
+from mcore_spec.parallel.tensor_parallel import TensorParallel
 
 # Rows to learn from, for each number that a row reads. Measured at SmolLM2-135M's 2,304 numbers: the start reaches a
 # simulated acceptance length of 1.39 with 12 rows a number and 1.42 with 30.
@@ -21,6 +24,11 @@ MAX_DEFAULT_BYTES = 4 * 2**30
 # Coefficients are expected to be small beforehand, and every row tells against that. Measured from 0.4 to 10 rows an
 # input: within 0.012 of the best acceptance length that any fixed share reached (docs/decisions.md).
 RIDGE = 0.1
+# Root mean square of a matrix that learns at --lr behind such a start: at 5e-4 a step changes 0.6 % of it. Measured
+# beside other shares and one rate for all (docs/decisions.md).
+SIZE_OF_RATE = 0.08
+# What matrices count as that are nothing yet: the size that random ones start with.
+SIZE_OF_NOTHING = 0.02
 
 
 class LinearMap(NamedTuple):
@@ -70,11 +78,6 @@ class Moments:
         """All there is, for adding up over ranks."""
         return [self.inputs, self.products, self.num_rows]
 
-    def input_size(self, num_inputs: int) -> float:
-        """Root mean square of each of the first inputs, averaged over them."""
-        squares = self.inputs.diagonal()[:num_inputs] / self.num_rows
-        return float(squares.sqrt().mean())
-
     def ridge(self) -> Tensor:
         """What is added to the squares of every input, as a share of them."""
         return RIDGE * self.inputs.shape[0] / self.num_rows.clamp(min=1)
@@ -95,6 +98,21 @@ def solve_map(moments: Moments, *, num_features: int) -> LinearMap:
     solution = moments.solve()
     moment = moments.inputs[num_features:, num_features:] / moments.num_rows.clamp(min=1)
     return LinearMap(solution[:num_features], solution[num_features:], moment)
+
+
+def relative_rates(draft: nn.Module, tp: TensorParallel) -> dict[str, float]:
+    """What --lr is multiplied by for each matrix, by name, such that a step changes all by the same share.
+
+    Adam's step of an entry is as large as the learning rate, whatever the matrix's size, and solutions differ in size a
+    hundredfold. Adafactor's rates are in proportion to it too (Shazeer and Stern, arXiv 1804.04235, section 8). Every
+    rank of the group must call.
+    """
+    rates = {}
+    for name, tensor, shard in sharded_tensors(draft):
+        if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
+            size = float(gather_whole(tensor.detach(), shard, tp).double().pow(2).mean().sqrt())
+            rates[name] = (size or SIZE_OF_NOTHING) / SIZE_OF_RATE
+    return rates
 
 
 class Factors(NamedTuple):

@@ -16,7 +16,7 @@ from mcore_spec.conversion import as_base, conversion_of, find_algorithm
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.hosting.base_run import run_base
 from mcore_spec.hosting.context import context_group
-from mcore_spec.objectives.linear_start import Sample, StartSolver, check_linear_start, is_kept, num_default_rows
+from mcore_spec.objectives.linear_start import Sample, StartSolver, check_linear_start, num_default_rows
 from mcore_spec.objectives.objective import Task
 from mcore_spec.parallel.collectives import Group, group_size
 from mcore_spec.parallel.layout import run_on_every_rank
@@ -31,11 +31,11 @@ class LinearStart(NamedTuple):
 
     Attributes:
         num_rows: rows that count, of all ranks.
-        feature_size: mean size of the features; the matrix that reads them learns best at a rate divided by it.
+        rates: what the learning rate is to be multiplied by for each matrix of the draft, by name.
     """
 
     num_rows: int
-    feature_size: float
+    rates: dict[str, float]
 
 
 def fit_start(
@@ -94,11 +94,10 @@ def fit_start(
 
     def add_batches() -> None:
         num_seen = 0
-        for number, batch in enumerate(islice(batches, num_batches)):
-            keep = is_kept(num_seen, enough) if num_batches is None else is_kept(number, num_batches)
+        for batch in islice(batches, num_batches):
             sample = _sample(base, task, batch)
             with without_autocast:
-                num_seen += solver.add(sample, keep=keep)
+                num_seen += solver.add(sample)
             if num_batches is None and num_seen >= enough:
                 return
         if not solver.kept:
@@ -106,8 +105,8 @@ def fit_start(
 
     run_on_every_rank(add_batches)
     with without_autocast:
-        size = solver.solve(seed=seed)
-    return LinearStart(num_rows=int(solver.moments.num_rows), feature_size=size)
+        rates = solver.solve(seed=seed)
+    return LinearStart(num_rows=int(solver.moments.num_rows), rates=rates)
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ from mcore_spec.huggingface.linear_start import LinearStart, fit_start
 class DraftTrainer(Trainer):
     """Logs top-1 accuracy by step and the simulated acceptance length, means over this rank's micro-batches.
 
-    The matrix that reads the base's features has a parameter group of its own: behind a start from data it learns at
-    the rate divided by the features' mean size, which its outputs move in proportion to.
+    Each matrix of the draft has a parameter group of its own: behind a start from data all of them change by the same
+    share of their size.
     """
 
     _sums: Tensor | None = None
@@ -65,18 +65,20 @@ class DraftTrainer(Trainer):
         return self._start
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's, with the group described above, also without a start: a resumed run has the same groups."""
+        """Trainer's, with the groups described above, also without a start: a resumed run has the same groups."""
         is_made = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         draft = None if is_made else TransformersBase(self.accelerator.unwrap_model(self.model)).draft()
-        projection = None if draft is None else draft.feature_projection()
-        for group in optimizer.param_groups:
-            others = [parameter for parameter in group["params"] if parameter is not projection]
-            if len(others) < len(group["params"]):
-                rate = group["lr"] / (1.0 if self._start is None else self._start.feature_size)
-                group["params"] = others
-                optimizer.add_param_group({**group, "params": [projection], "lr": rate})
-                break
+        rates = {} if self._start is None else self._start.rates
+        named = [] if draft is None else [(name, p) for name, p in draft.named_parameters() if p.dim() > 1]
+        factors = {id(matrix): rates.get(name, 1.0) for name, matrix in named}
+        for group in list(optimizer.param_groups):
+            matrices = [parameter for parameter in group["params"] if id(parameter) in factors]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in factors]
+            for matrix in matrices:
+                rate = group["lr"] * factors[id(matrix)]
+                optimizer.add_param_group({**group, "params": [matrix], "lr": rate})
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def compute_loss(

@@ -23,6 +23,7 @@ from mcore_spec.drafts.linear_start import (
     ROWS_PER_INPUT,
     LinearMap,
     Moments,
+    relative_rates,
     solve_map,
     sums_bytes,
 )
@@ -34,8 +35,6 @@ from mcore_spec.parallel.collectives import Group, gather_without_grad, group_si
 from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.tensor_parallel import SEQUENCE_DIM, TensorParallel
 
-# Share of the rows whose features stay in memory for what follows the first regression.
-KEPT_SHARE = 0.25
 # The size of the logits is looked for in steps of this, so many at most, on so many batches of each rank.
 SHRINKING, MAX_SHRINKINGS, NUM_JUDGED = 2**-0.25, 9, 4
 
@@ -46,6 +45,10 @@ class Sample(NamedTuple):
     batch: Batch
     documents: Documents
     features: Features
+
+    def to(self, device: torch.device) -> Sample:
+        """The same on another device."""
+        return Sample(self.batch.to(device), self.documents, self.features.to(device))
 
 
 def check_linear_start(task: Task, *, num_batches: int | None) -> None:
@@ -75,11 +78,6 @@ def num_default_rows(task: Task, base: BaseArchitecture) -> int:
     num_inputs = (max(len(task.aux_layer_ids), 1) + 1) * base.hidden_size
     is_small = sums_bytes(num_inputs=num_inputs, num_outputs=base.hidden_size) <= MAX_DEFAULT_BYTES
     return ROWS_PER_INPUT * num_inputs if task.starts_linearly and is_small else 0
-
-
-def is_kept(number: float, total: float) -> bool:
-    """Whether the features of a batch or of rows stay in memory that begin behind `number` of `total`."""
-    return number < KEPT_SHARE * total
 
 
 class _Rows(NamedTuple):
@@ -122,28 +120,27 @@ class StartSolver:
         self.kept: list[Sample] = []
 
     @torch.no_grad()
-    def add(self, sample: Sample, *, keep: bool) -> int:
+    def add(self, sample: Sample) -> int:
         """Count a batch; returns the rows of it that count at step 0 on this rank.
 
         Args:
-            sample: every rank of a model's last stage has its share of the rows.
-            keep: learn from it behind the first regression too; its features stay in memory.
+            sample: every rank of a model's last stage has its share of the rows. Its features stay in the host's memory
+                for the second regression.
         """
         rows, wanted = self._counted(sample)
         inputs = self.draft.linear_inputs(features_for(self.draft, sample.features), self._embedding(sample))
         self.moments.add(_whole_rows(inputs, self.base.tp)[rows, 0], wanted)
-        if keep:
-            self.kept.append(sample)
+        self.kept.append(sample.to(torch.device("cpu")))
         return rows.shape[0]
 
-    def solve(self, *, seed: int) -> float:
+    def solve(self, *, seed: int) -> dict[str, float]:
         """Set the weights; every rank must call that holds a part of them.
 
         Args:
             seed: of what is drawn.
 
         Returns:
-            Mean size of the features.
+            What the learning rate is to be multiplied by for each matrix of the draft, see `relative_rates`.
 
         Raises:
             ConfigError: no row counts.
@@ -151,7 +148,7 @@ class StartSolver:
         self.solve_map(seed=seed)
         self.solve_mlp()
         self.fit_size()
-        return self.moments.input_size(self.num_features)
+        return relative_rates(self.draft, self.draft.tp)
 
     @torch.no_grad()
     def solve_map(self, *, seed: int) -> None:
@@ -164,11 +161,12 @@ class StartSolver:
 
     @torch.no_grad()
     def solve_mlp(self) -> None:
-        """The last matrix of the first layer's MLP, on the kept batches, from the states that there are now."""
+        """The last matrix of the first layer's MLP, from the states that there are now."""
         draft, tp = self.draft, self.base.tp
         last = draft.fitted_mlp.down_proj
         moments = Moments(last.in_features, self.hidden_size, device=self.device)
-        for sample in self.kept:
+        for kept in self.kept:
+            sample = kept.to(self.device)
             seen = draft.mlp_rows(features_for(draft, sample.features), self._embedding(sample), sample.documents)
             rows, wanted = self._counted(sample)
             missing = draft.before_last_norm(wanted) - _whole_rows(seen.before, tp)[rows, 0]
@@ -179,7 +177,7 @@ class StartSolver:
 
     @torch.no_grad()
     def fit_size(self) -> None:
-        """Shrink the last norm's weight for as long as the loss of some of the kept batches falls."""
+        """Shrink the last norm's weight for as long as the loss of some of the batches falls."""
         norm = self.draft.last_norm
         if norm is None or self.draft.hands_on_size:
             return
@@ -187,7 +185,7 @@ class StartSolver:
         whole, size, lowest = norm.weight.clone(), 1.0, float("inf")
         for number in range(MAX_SHRINKINGS):
             norm.weight.copy_(whole * SHRINKING**number)
-            losses = [objective(*sample).loss.double() for sample in self.kept[:NUM_JUDGED]]
+            losses = [objective(*sample.to(self.device)).loss.double() for sample in self.kept[:NUM_JUDGED]]
             (loss,) = self._agree(self._add_up([torch.stack(losses).sum()]))
             if float(loss) >= lowest:
                 break

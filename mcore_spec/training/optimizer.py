@@ -8,7 +8,7 @@ data- and context-parallel ranks by its `DistributedDataParallel`, and divided o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Set
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class StepResult(NamedTuple):
 
 
 def _overrides(
-    model: GPTModel, config: TrainingConfig, optimizer_config: OptimizerConfig, *, feature_size: float | None
+    model: GPTModel, config: TrainingConfig, optimizer_config: OptimizerConfig, *, rates: Mapping[str, float] | None
 ) -> dict[ParamKey, ParamGroupOverride]:
     """megatron-core's own (no decay on norms and biases), none on scales, and the learning rate of matrices.
 
@@ -62,35 +62,38 @@ def _overrides(
     model is wide: the rate that moves outputs equally far falls with the width (Yang et al., arXiv 2203.03466). A head
     of the draft's own starts as the base's rows and is left at the rate for vectors.
 
-    A least-squares start is near a solution already, which such rates would leave. There only fc differs: it reads the
-    base's residual stream, whose numbers are not of size one, and its outputs move in proportion to them.
+    A least-squares start is near a solution already, which such rates would leave: behind one, `rates` are factors of
+    its matrices, by name.
     """
     overrides = get_standard_config_overrides(optimizer_config)
     overrides[ParamKey(name=f"*.{LEARNED}_*")] = ParamGroupOverride(wd_mult=0.0)
     draft = MegatronBase(model).draft()
     if config.lr_scaling == "none" or draft is None:
         return overrides
-    if config.lr_scaling == "auto" and feature_size is not None:
-        projection = draft.feature_projection()
-        key, factor = _matrices("fc", lambda parameter: parameter is projection), 1 / feature_size
+    if config.lr_scaling == "auto" and rates is not None:
+        factors = {id(draft.get_parameter(name)): factor for name, factor in rates.items()}
     else:
         heads = {id(head.weight) for head in draft.own_heads()}
         matrices = {id(parameter) for parameter in draft.parameters() if parameter.dim() > 1} - heads
-        key = _matrices("matrices of the draft", lambda parameter: id(parameter) in matrices)
-        factor = REFERENCE_WIDTH / model.config.hidden_size
-    overrides[key] = ParamGroupOverride(max_lr=factor * config.lr, min_lr=factor * config.min_lr)
+        factors = dict.fromkeys(matrices, REFERENCE_WIDTH / model.config.hidden_size)
+    for factor in sorted(set(factors.values())):
+        members = {parameter for parameter, of_it in factors.items() if of_it == factor}
+        key = _matrices(f"matrices at {factor} times the rate", members)
+        overrides[key] = ParamGroupOverride(max_lr=factor * config.lr, min_lr=factor * config.min_lr)
     return overrides
 
 
-def _matrices(name: str, is_meant: Callable[[nn.Parameter], bool]) -> ParamKey:
-    return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=lambda parameter, _: is_meant(parameter)))
+def _matrices(name: str, members: Set[int]) -> ParamKey:
+    """Of parameters by identity."""
+    is_member = ParamWithNamePredicate(name=name, fn=lambda parameter, _: id(parameter) in members)
+    return ParamKey(with_name_predicate=is_member)
 
 
 class DraftOptimizer:
     """AdamW on this rank's trainable parameters; with a frozen base all but the last pipeline stage have none."""
 
     def __init__(
-        self, model: GPTModel, config: TrainingConfig, *, num_iterations: int, feature_size: float | None = None
+        self, model: GPTModel, config: TrainingConfig, *, num_iterations: int, rates: Mapping[str, float] | None = None
     ) -> None:
         """Wrap the model and allocate gradient buffers and moments.
 
@@ -98,7 +101,7 @@ class DraftOptimizer:
             model: this rank's part, converted.
             config: rates and decay.
             num_iterations: steps of the whole run, at the end of which the learning rate is the lowest.
-            feature_size: mean size of the features behind a least-squares start; ``None``: there was none.
+            rates: factors of the draft's matrices behind a least-squares start; ``None``: there was none.
         """
         self.model, self.config, self.num_steps = model, config, 0
         self.is_distributed = (
@@ -128,7 +131,7 @@ class DraftOptimizer:
             self.optimizer = get_megatron_optimizer(
                 optimizer_config,
                 [self.ddp],
-                config_overrides=_overrides(model, config, optimizer_config, feature_size=feature_size),
+                config_overrides=_overrides(model, config, optimizer_config, rates=rates),
             )
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,

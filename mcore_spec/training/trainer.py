@@ -19,7 +19,7 @@ from mcore_spec.data.batch import Batch, Batches
 from mcore_spec.data.document import Document
 from mcore_spec.errors import CheckpointError, ConfigError, TrainingError
 from mcore_spec.losses.outcome import LossOutput
-from mcore_spec.objectives.linear_start import check_linear_start, is_kept
+from mcore_spec.objectives.linear_start import check_linear_start
 from mcore_spec.parallel.layout import is_rank_zero, run_on_every_rank
 from mcore_spec.quantization.modes import finish_step
 from mcore_spec.training.acceptance import AcceptanceCheck
@@ -125,8 +125,8 @@ class Trainer:
         if resume_from is not None:
             self._check_resumable(resume_from)
         is_fitted = resume_from is None and bool(config.fit_start)
-        self.feature_size = self._fit_start() if is_fitted else _feature_size(record)
-        self.optimizer = DraftOptimizer(model, config, num_iterations=num_iterations, feature_size=self.feature_size)
+        self.rates = self._fit_start() if is_fitted else _rates(record)
+        self.optimizer = DraftOptimizer(model, config, num_iterations=num_iterations, rates=self.rates)
         self.progress = Progress()
         self.since_log = self._nothing()
         self._counts_tokens = model.pg_collection.cp.rank() == 0
@@ -183,13 +183,13 @@ class Trainer:
                     logger.close()
         return self.progress
 
-    def _fit_start(self) -> float:
-        """The draft's first weights from the first batches; the mean size of what it reads."""
+    def _fit_start(self) -> dict[str, float]:
+        """The draft's first weights from the first batches; factors of the learning rate."""
 
-        def batches(stop: StopRequest) -> Iterator[tuple[Batch, bool]]:
-            for index in range(total := self.config.fit_start or 0):
+        def batches(stop: StopRequest) -> Iterator[Batch]:
+            for index in range(self.config.fit_start or 0):
                 for batch in self.data.train.micro_batches(index):
-                    yield batch.to(self.device), is_kept(index, total)
+                    yield batch.to(self.device)
                 if stop.is_made_anywhere(self.device):
                     raise StoppedEarly
 
@@ -336,7 +336,7 @@ class Trainer:
         training = {
             "progress": asdict(self.progress),
             "since_log": self.since_log.sums.tolist(),
-            "feature_size": self.feature_size,
+            "rates": self.rates,
             "settings": self.data.settings,
         }
         save_checkpoint(
@@ -377,10 +377,10 @@ class _Clock:
         return seconds
 
 
-def _feature_size(record: CheckpointRecord) -> float | None:
+def _rates(record: CheckpointRecord) -> dict[str, float] | None:
     """Behind a least-squares start in the run that the draft was trained in before, if there was one."""
-    size: float | None = None if record.training is None else record.training.get("feature_size")
-    return size
+    rates: dict[str, float] | None = None if record.training is None else record.training.get("rates")
+    return rates
 
 
 def _is_due(iteration: int, interval: int | None, *, is_last: bool) -> bool:

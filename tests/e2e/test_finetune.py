@@ -96,7 +96,8 @@ def test_an_untrained_draft_starts_from_data_a_trained_one_goes_on(
     first, again = (find_checkpoint(tmp_path / name).record.training for name in ("fitted", "again"))
     assert first is not None
     assert again is not None
-    assert again["feature_size"] == first["feature_size"] > 0
+    assert again["rates"] == first["rates"]
+    assert set(first["rates"].values()) != {1.0}
 
 
 def check_one_log(two: Path, one: Path, *, tolerance: float) -> None:

@@ -31,24 +31,19 @@ RECURRENT: dict[EagleAlgorithm, Case] = {
 
 def fitted(*, layout: Layout, directory: Path) -> dict[str, Any]:
     """The draft's whole weights, what its head reads in the first row of each document behind the first regression, and
-    the size of the features, which is all that earlier stages know."""
+    factors of the learning rate, which are all that earlier stages know."""
     with parallel_runtime(layout):
         model = converted(directory, layout, CASE)
         step = DraftStep(model)
-        given = kept(model, step, CASE)
+        given = list(batches(model, step, CASE))
         firsts = _firsts(model, step, given, layout)
-        size = fit_linear_start(model, step, given, seed=SEED)
+        rates = fit_linear_start(model, step, given, seed=SEED)
         if step.draft is None:
-            return {"size": size}
-        return {"weights": _whole(step), "firsts": firsts, "final_norm": step.base.final_norm_weight(), "size": size}
+            return {"rates": rates}
+        return {"weights": _whole(step), "firsts": firsts, "final_norm": step.base.final_norm_weight(), "rates": rates}
 
 
-def kept(model: GPTModel, step: DraftStep, case: Case) -> list[tuple[Batch, bool]]:
-    """All batches of a step, to learn from in every regression."""
-    return [(batch, True) for batch in batches(model, step, case)]
-
-
-def _firsts(model: GPTModel, step: DraftStep, given: list[tuple[Batch, bool]], layout: Layout) -> list[Tensor]:
+def _firsts(model: GPTModel, step: DraftStep, given: list[Batch], layout: Layout) -> list[Tensor]:
     solver, base, found = add_batches(model, step, given), MegatronBase(model), []
     if solver is not None:
         solver.solve_map(seed=SEED)
@@ -78,7 +73,7 @@ def fitted_recurrent(*, layout: Layout, directory: Path, member: EagleAlgorithm)
     with parallel_runtime(layout):
         model = converted(directory, layout, case)
         step = DraftStep(model)
-        given, found = kept(model, step, case), {}
+        given, found = list(batches(model, step, case)), {}
         if layout == Layout():
             solver = add_batches(model, step, given)
             assert solver is not None
@@ -101,7 +96,7 @@ def staged(*, directory: Path, architecture: dict[str, Any]) -> dict[str, Any]:
     with parallel_runtime(Layout()):
         model = converted(directory, Layout(), Case(architecture))
         step = DraftStep(model)
-        given = kept(model, step, CASE)
+        given = list(batches(model, step, CASE))
         solver = add_batches(model, step, given)
         assert solver is not None and step.draft is not None
         weights = []
@@ -113,7 +108,7 @@ def staged(*, directory: Path, architecture: dict[str, Any]) -> dict[str, Any]:
         for exponent in (-1, 0, 1):
             with torch.no_grad():
                 norm.copy_(whole * SHRINKING**exponent)
-                losses.append(sum(float(step(batch).loss) for batch, _ in given))
+                losses.append(sum(float(step(batch).loss) for batch in given))
         return {"weights": weights, "losses": losses}
 
 
@@ -124,7 +119,7 @@ def refusals(*, directory: Path) -> list[str]:
         for case in (CASE, Case({"norm_before_residual": True})):
             model = converted(directory, Layout(), case)
             step = DraftStep(model)
-            given = kept(model, step, case) if case is not CASE else [(_nothing(step), True)]
+            given = list(batches(model, step, case)) if case is not CASE else [_nothing(step)]
             found.append(_refusal(model, step, given))
     return found
 
@@ -133,7 +128,7 @@ def _nothing(step: DraftStep) -> Batch:
     return make_batch([documents()[4]], num_steps=step.num_steps, num_samples=1)
 
 
-def _refusal(model: GPTModel, step: DraftStep, given: list[tuple[Batch, bool]]) -> str:
+def _refusal(model: GPTModel, step: DraftStep, given: list[Batch]) -> str:
     try:
         fit_linear_start(model, step, given, seed=SEED)
     except (ConfigError, UnsupportedError) as error:

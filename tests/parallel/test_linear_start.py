@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mcore_spec.config import EagleAlgorithm
-from mcore_spec.drafts.linear_start import RIDGE, LinearMap, factor
+from mcore_spec.drafts.linear_start import RIDGE, SIZE_OF_NOTHING, SIZE_OF_RATE, LinearMap, factor
 from mcore_spec.objectives.linear_start import SHRINKING
 from mcore_spec.parallel.layout import Layout
 from tests.parallel.checks import EACH_AXIS
@@ -48,15 +47,9 @@ def ridge_regression(z: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.lstsq(rows, torch.cat((y, missing))).solution / scale[:, None]
 
 
-class Expected(NamedTuple):
-    """Last hidden states that the regression predicts for the first row of each document; the features' mean size."""
-
-    firsts: list[Tensor]
-    size: float
-
-
 @pytest.fixture(scope="module")
-def expected(rank_pool: RankPool, directory: Path) -> Expected:
+def expected(rank_pool: RankPool, directory: Path) -> list[Tensor]:
+    """Last hidden states that the regression predicts for the first row of each document."""
     (inputs,) = rank_pool.run("tests.parallel.training_cases:reference_inputs", world_size=1, directory=directory)
     read, next_states, firsts = [], [], []
     for document, (aux, last) in zip(documents(), inputs["states"], strict=True):
@@ -72,19 +65,20 @@ def expected(rank_pool: RankPool, directory: Path) -> Expected:
                 firsts.append(row)
     z, y = torch.stack(read), torch.stack(next_states)
     solution = ridge_regression(z, y)
-    num_features = z.shape[1] - y.shape[1]
-    size = float(z[:, :num_features].pow(2).mean(0).sqrt().mean())
-    return Expected(list(torch.stack(firsts) @ solution), size)
+    return list(torch.stack(firsts) @ solution)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_start_is_the_regression(name: str, rank_pool: RankPool, directory: Path, expected: Expected) -> None:
+def test_the_start_is_the_regression(name: str, rank_pool: RankPool, directory: Path, expected: list[Tensor]) -> None:
     layout, world_size = LAYOUTS[name]
     one, *_ = rank_pool.run(f"{CASES}:fitted", world_size=1, layout=Layout(), directory=directory)
     results = rank_pool.run(f"{CASES}:fitted", world_size=world_size, layout=layout, directory=directory)
-    # Of the features' size every rank's rates depend, bit for bit.
-    assert len({result["size"] for result in results}) == 1
-    assert results[0]["size"] == pytest.approx(expected.size, rel=1e-9)
+    # Every rank has the same rates, bit for bit.
+    assert all(result["rates"] == results[0]["rates"] for result in results)
+    for key, rate in results[0]["rates"].items():
+        size = float(one["weights"][key].detach().pow(2).mean().sqrt())
+        assert rate == pytest.approx((size if size > 0 else SIZE_OF_NOTHING) / SIZE_OF_RATE, rel=1e-6), key
+    assert results[0]["rates"].keys() == {key for key, weight in one["weights"].items() if weight.dim() > 1}
     found = [result for result in results if "weights" in result]
     assert found
     for result in found:
@@ -92,7 +86,7 @@ def test_the_start_is_the_regression(name: str, rank_pool: RankPool, directory: 
             torch.testing.assert_close(
                 weight, one["weights"][key], rtol=1e-7, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}"
             )
-        for hidden, prediction in zip(result["firsts"], expected.firsts, strict=bool(result["firsts"])):
+        for hidden, prediction in zip(result["firsts"], expected, strict=bool(result["firsts"])):
             # A first row sees itself alone: attention passes on its embedding's part whole. What the last norm
             # divides by is the length of the prediction without the norm's weight.
             unweighted = prediction / result["final_norm"]

@@ -128,15 +128,16 @@ def test_matrices_learn_at_the_rate_of_their_width(scaling: str, rank_pool: Rank
     assert found["reported"] == pytest.approx(3e-4)
 
 
-def test_behind_a_least_squares_start_fc_alone_learns_at_another_rate(rank_pool: RankPool, directory: Path) -> None:
+def test_behind_a_least_squares_start_each_matrix_has_its_rate(rank_pool: RankPool, directory: Path) -> None:
     options = {"lr": 3e-4, "min_lr": 1e-5, "lr_scaling": "auto"}
     case = f"{CASES}:learning_rates"
-    (fitted,) = rank_pool.run(case, world_size=1, directory=directory, options=options, feature_size=12.5)
+    factors = {"fc.weight": 0.08, "layers.0.self_attn.q_proj.weight": 1.5, "layers.0.mlp.up_proj.weight": 1.5}
+    (fitted,) = rank_pool.run(case, world_size=1, directory=directory, options=options, rates=factors)
     for name, rates in fitted["rates"].items():
-        scale = 1 / 12.5 if name == "fc.weight" else 1
+        scale = factors.get(name, 1)
         assert rates == pytest.approx([3e-4 * scale, 1e-5 * scale]), name
     (width,) = rank_pool.run(
-        case, world_size=1, directory=directory, options={**options, "lr_scaling": "width"}, feature_size=12.5
+        case, world_size=1, directory=directory, options={**options, "lr_scaling": "width"}, rates=factors
     )
     (auto,) = rank_pool.run(case, world_size=1, directory=directory, options=options)
     assert width["rates"] == auto["rates"]

@@ -393,14 +393,14 @@ def learning_rates(
     options: dict[str, Any],
     draft: dict[str, Any] | None = None,
     has_d2t: bool = True,
-    feature_size: float | None = None,
+    rates: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Each parameter's learning rate in a run of 4 steps: the highest, behind the warm-up, and the one of the end."""
     run = Run(Layout(), draft=draft or {}, has_d2t=has_d2t)
     with parallel_runtime(run.layout):
         model = converted(directory, run)
         config = config_of(run, train_iters=4, **options)
-        optimizer = DraftOptimizer(model, config, num_iterations=4, feature_size=feature_size)
+        optimizer = DraftOptimizer(model, config, num_iterations=4, rates=rates)
         names = {id(p): name.removeprefix("eagle_module.") for name, p in model.named_parameters()}
         found: dict[str, Any] = {}
         for iteration in (1, 4):

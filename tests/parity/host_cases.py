@@ -29,10 +29,10 @@ class HostRun(NamedTuple):
 
 
 class HostStart(NamedTuple):
-    """The draft's weights behind a start from data, and the mean size of what it reads."""
+    """The draft's weights behind a start from data, and the factors of their rates."""
 
     weights: dict[str, Tensor]
-    feature_size: float
+    rates: dict[str, float]
 
 
 class HostCase(NamedTuple):
@@ -61,9 +61,9 @@ def _start(case: HostCase, *, seed: int) -> HostStart:
     model = import_base(case.directory, Layout()).model
     convert(model, case.mode, d2t=case.d2t)
     step = DraftStep(model)
-    size = fit_linear_start(model, step, [(_batch(case, step), True)], seed=seed)
+    rates = fit_linear_start(model, step, [_batch(case, step)], seed=seed)
     draft: Any = MegatronBase(model).draft()
-    return HostStart({name: value.clone() for name, value in draft.state_dict().items()}, size)
+    return HostStart({name: value.clone() for name, value in draft.state_dict().items()}, rates)
 
 
 def _batch(case: HostCase, step: DraftStep) -> Batch:

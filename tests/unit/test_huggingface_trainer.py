@@ -144,7 +144,7 @@ def test_a_start_is_made_from_the_runs_first_batches(base_dir: Path, tmp_path: P
     assert tokens[2 * steps + 1 :] == [[document.token_ids.tolist() for document in batch] for batch in plain.batches]
 
 
-def test_behind_a_start_the_projection_has_a_rate_of_its_own(base_dir: Path, tmp_path: Path) -> None:
+def test_behind_a_start_each_matrix_has_a_rate_of_its_own(base_dir: Path, tmp_path: Path) -> None:
     """Also in a run that is resumed, bit for bit, where no start is made."""
     mcore_spec.enable_huggingface_checkpointing()
     whole = train(base_dir, tmp_path / "whole", kind=DraftTrainer, fit=2)
@@ -159,13 +159,17 @@ def test_behind_a_start_the_projection_has_a_rate_of_its_own(base_dir: Path, tmp
         [DraftCollator()(Documents().documents)],
     )
     assert start is not None
-    *others, own = saved
-    assert {group["initial_lr"] for group in others} == {1e-2}
-    assert len(own["params"]) == 1
-    # The size is that of the run's first batches, half of the documents.
-    assert own["initial_lr"] == pytest.approx(1e-2 / start.feature_size, rel=0.2) and own["initial_lr"] != 1e-2
-    state = torch.load(tmp_path / "whole" / "checkpoint-3" / "optimizer.pt")["state"]
-    assert state[own["params"][0]]["exp_avg"].shape == model.eagle_module.fc.weight.shape
+    draft, state = model.eagle_module, torch.load(tmp_path / "whole" / "checkpoint-3" / "optimizer.pt")["state"]
+    vectors, *own = saved
+    assert vectors["initial_lr"] == 1e-2
+    matrices = {name: parameter for name, parameter in draft.named_parameters() if parameter.dim() > 1}
+    assert matrices.keys() == start.rates.keys() and len(own) == len(matrices)
+    for group, (name, matrix) in zip(own, matrices.items(), strict=True):
+        (member,) = group["params"]
+        assert state[member]["exp_avg"].shape == matrix.shape
+        # The solution is that of the run's first batches, half of the documents.
+        assert group["initial_lr"] == pytest.approx(1e-2 * start.rates[name], rel=0.3), name
+    assert len({group["initial_lr"] for group in own}) > 2
 
 
 def test_starts_that_are_refused(base_dir: Path, tmp_path: Path) -> None:
