@@ -18,6 +18,7 @@ from mcore_spec.evaluation.typical import TypicalAcceptance
 from mcore_spec.export.modules import draft_names
 from mcore_spec.export.reader import attach_read, read_exported
 from mcore_spec.parallel.layout import Layout, run_on_rank_zero
+from mcore_spec.quantization.modes import round_weights
 from mcore_spec.weights.hf_config import describe_hf, locate, mtp_names, read_hf_config, without_mtp
 from mcore_spec.weights.hf_import import import_hf
 from mcore_spec.weights.safetensors_io import WeightDirectory
@@ -31,7 +32,9 @@ class DraftedBase(NamedTuple):
 
 
 def load_drafted_base(arguments: DraftedBaseArguments, layout: Layout) -> DraftedBase:
-    """Load both; what can be checked without weights is checked first. All ranks take part.
+    """Load both, to compute and not to be trained; what can be checked without weights is checked first.
+
+    All ranks take part.
 
     Raises:
         ConfigError: no tokenizer, or a layout that does not divide the base.
@@ -51,7 +54,9 @@ def load_drafted_base(arguments: DraftedBaseArguments, layout: Layout) -> Drafte
     tokenizer = checkpoint.choose_tokenizer(arguments.tokenizer_model)
     prompts = TokenizerPrompts(tokenizer, vocab_size=base.vocab_size, config=record.identity.hf_config)
     checkpoint = checkpoint._replace(record=record.model_copy(update={"base": base}))
-    return DraftedBase(load_checkpoint(checkpoint, layout), prompts)
+    model = load_checkpoint(checkpoint, layout)
+    round_weights(model)
+    return DraftedBase(model, prompts)
 
 
 def _from_directories(arguments: DraftedBaseArguments, layout: Layout) -> DraftedBase:
@@ -77,6 +82,7 @@ def _from_directories(arguments: DraftedBaseArguments, layout: Layout) -> Drafte
             )
         import_hf(model, weights, cast=base.dtype != stored.dtype)
     attach_read(model, exported)
+    round_weights(model)
     return DraftedBase(model, prompts)
 
 

@@ -49,6 +49,7 @@ class Quantization(nn.Module):
     Attributes:
         record: recipe and calibration.
         is_on: whether values are quantised; off, the model computes as it did before.
+        has_rounded_weights: whether weights were rounded for good (see `round_weights`).
         product: multiplies FP8 numbers; ``None``: rounded values are multiplied in the model's dtype.
         counted: which rows a calibration looks at, bool over this context-parallel rank's rows; ``None``: all. Padding
             is another one in each layout.
@@ -63,6 +64,7 @@ class Quantization(nn.Module):
         """
         super().__init__()
         self.record, self.tp, self.is_on = record, tp, True
+        self.has_rounded_weights = False
         self.product: Float8Product | None = None
         self.linears, self.attentions = nn.ModuleDict(), nn.ModuleDict()
         self.targets: dict[str, Target] = {}
@@ -233,6 +235,7 @@ def unquantized(model: nn.Module) -> Iterator[None]:
     """Let a quantised model compute as it did before, during the block."""
     quantization = quantization_of(model)
     assert quantization is not None, "the model is quantised"
+    assert not quantization.has_rounded_weights, "its weights are as they were"
     before, quantization.is_on = quantization.is_on, False
     try:
         yield
@@ -261,6 +264,8 @@ class QuantizedLinear:
             return self.original(x, *args, **options)
         if self.quantization.product is not None:
             return self._multiply(x, self.quantization.product, *args, **options)
+        if self.quantization.has_rounded_weights:
+            return self.original(self.quantizer.activation(x), *args, **options)
         weights: dict[str, Any] = self.module._parameters
         own = weights["weight"]
         # The place in the dictionary stays the same, and with it the order of parameters.

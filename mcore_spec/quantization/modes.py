@@ -1,4 +1,4 @@
-"""How a quantised model is trained: FP8 products in the place of emulation, scales that are learned."""
+"""How a quantised model is used: FP8 products in the place of emulation, learned scales, weights rounded for good."""
 
 from __future__ import annotations
 
@@ -86,6 +86,20 @@ def learn_scales(model: nn.Module) -> None:
 
     run_on_every_rank(check)
     quantization.requires_grad_(True)
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module) -> None:
+    """Round a quantised model's weights once, in place, and not in each forward pass any more.
+
+    For models that only compute from now on: results are the same bit for bit; the weights before are lost.
+    """
+    quantization = quantization_of(model)
+    if quantization is None or quantization.has_rounded_weights:
+        return
+    for target, quantizer in quantization.linear_quantizers():
+        target.weight.copy_(quantizer.weight(target.weight))
+    quantization.has_rounded_weights = True
 
 
 def finish_step(model: nn.Module) -> None:

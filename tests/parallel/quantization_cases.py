@@ -19,7 +19,7 @@ from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.parallel.sharding import gather_whole, sharded_tensors
 from mcore_spec.quantization.calibrate import quantize
 from mcore_spec.quantization.installed import quantization_of
-from mcore_spec.quantization.modes import compute_in_fp8, learn_scales
+from mcore_spec.quantization.modes import compute_in_fp8, learn_scales, round_weights
 from mcore_spec.training.step import DraftStep
 from tests.parallel.checkpoint_cases import identity
 from tests.parallel.trainer_cases import CORPUS, see_corpus
@@ -95,6 +95,18 @@ def teachers(*, directory: Path, layout: Layout, recipe: Recipe) -> dict[str, An
             "is the one before": features.teacher is not None and torch.equal(features.teacher, before.last),
             "is another": not torch.equal(features.last, before.last),
         }
+
+
+def rounded_once(*, directory: Path, layout: Layout, recipe: Recipe) -> list[float] | None:
+    """The loss with weights that are rounded in each pass, and with such as were rounded before."""
+    with parallel_runtime(layout):
+        model = quantized(directory, layout, recipe)
+        batch = make_batch([CORPUS.document(0)], num_steps=3, row_multiple=2, num_samples=1)
+        with torch.no_grad():
+            before = DraftStep(model)(batch)
+            round_weights(model)
+            after = DraftStep(model)(batch)
+        return None if before is None or after is None else [float(before.loss), float(after.loss)]
 
 
 def trained_in(*, directory: Path, layout: Layout, name: str, scaling: GradientScaling | None) -> dict[str, Any]:

@@ -157,6 +157,18 @@ def test_every_layout_loads_the_same_scales(name: str, rank_pool: RankPool, dire
         check_same(found, expected, str(layout), sums=True)
 
 
+@pytest.mark.parametrize("layout", ["TP2+SP", "PP2"])
+def test_weights_that_are_rounded_once_give_the_same(layout: str, rank_pool: RankPool, directory: Path) -> None:
+    where, world_size = LAYOUTS[layout]
+    recipe = recipe_of("fp8", with_kv=True)
+    found = rank_pool.run(
+        f"{CASES}:rounded_once", world_size=world_size, directory=directory, layout=where, recipe=recipe
+    )
+    losses = [each for each in found if each is not None]
+    assert losses
+    assert all(before == after for before, after in losses)
+
+
 def test_one_ranks_nan_is_every_ranks_error(rank_pool: RankPool, directory: Path) -> None:
     recipe = recipe_of("fp8_per_channel", with_kv=False)
     poison = "decoder.layers.0.self_attention.linear_qkv.weight"

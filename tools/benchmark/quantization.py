@@ -2,12 +2,13 @@
 
     python -m tools.benchmark.quantization --load TRAINED --data-path conversations.jsonl --prompts-path prompts.jsonl \
         --held-out-path others.jsonl --work-dir DIR [--recipes fp8 int8_per_channel int4_per_channel] \
-        [--calib-methods max mse] [--train-iters 100] [--lr 2e-4]
+        [--calib-methods max mse] [--train-iters 100] [--lr 2e-4] [--learn-scales]
 
 Of each recipe: the draft as it was trained, rounded (PTQ), and trained on with rounded weights and inputs (QAT).
 Training on is more training too, so the draft is trained on without rounding as well, for the same steps: the control,
 in the row of no recipe. What came back is (QAT - PTQ) / (trained - PTQ) and, of what more training alone would have
-reached, (QAT - PTQ) / (control - PTQ). A checkpoint without a draft has a perplexity alone.
+reached, (QAT - PTQ) / (control - PTQ). A checkpoint without a draft has a perplexity alone. Behind a length stands its
+standard error over verification passes, as if each were drawn by itself.
 
 The commands are those that users have, one process each. What is finished is kept: the same command goes on where it
 was stopped. Perplexity is the base's, on the held-out conversations, all tokens but each first one.
@@ -20,9 +21,9 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch.nn import functional as F
@@ -34,6 +35,7 @@ from mcore_spec.config.quantization import RECIPES, CalibrationMethod, find_reci
 from mcore_spec.data.store import build_token_store
 from mcore_spec.errors import McoreSpecError
 from mcore_spec.parallel.layout import Layout, parallel_runtime
+from mcore_spec.quantization.modes import round_weights
 
 HEAD = (
     "recipe",
@@ -48,6 +50,34 @@ HEAD = (
 BATCH_SIZE, WARMUP = 4, 10
 
 
+class Length(NamedTuple):
+    """An acceptance length.
+
+    Attributes:
+        tokens: for each verification pass.
+        error: its standard error over the passes.
+    """
+
+    tokens: float
+    error: float
+
+    @classmethod
+    def of(cls, validated: Mapping[str, Any]) -> Length:
+        """From the report of `validate`."""
+        reached = 1.0
+        # A pass that accepts k proposals gives 1 + k tokens; their square is the sum of 2 j + 1 over j = 0 .. k.
+        square = 1.0
+        for position, share in enumerate(validated["acceptance_by_position"], start=1):
+            reached *= share or 0.0
+            square += (2 * position + 1) * reached
+        tokens = validated["acceptance_length"]
+        return cls(tokens, math.sqrt((square - tokens**2) / validated["num_forwards"]))
+
+    def __str__(self) -> str:
+        """Such as "1.430 ± 0.012"."""
+        return f"{self.tokens:.3f} ± {self.error:.3f}"
+
+
 class Row(NamedTuple):
     """One recipe with one way to calibrate.
 
@@ -60,8 +90,8 @@ class Row(NamedTuple):
 
     recipe: str
     perplexity: float
-    rounded: float | None = None
-    trained_on: float | None = None
+    rounded: Length | None = None
+    trained_on: Length | None = None
 
 
 class Plain(NamedTuple):
@@ -74,8 +104,8 @@ class Plain(NamedTuple):
     """
 
     perplexity: float
-    trained: float | None = None
-    control: float | None = None
+    trained: Length | None = None
+    control: Length | None = None
 
 
 @torch.no_grad()
@@ -85,7 +115,9 @@ def perplexity(checkpoint_directory: Path, given: argparse.Namespace, cache: Pat
         checkpoint = find_checkpoint(checkpoint_directory)
         tokenizer = checkpoint.choose_tokenizer(None)
         store = build_token_store([given.held_out_path], tokenizer, cache_dir=cache, seq_length=given.seq_length)
-        base = MegatronBase(load_checkpoint(checkpoint, Layout()))
+        model = load_checkpoint(checkpoint, Layout())
+        round_weights(model)
+        base = MegatronBase(model)
         total, count = 0.0, 0
         for index in range(min(given.held_out, len(store))):
             token_ids = torch.from_numpy(store.document(index).token_ids.astype("int64"))
@@ -108,12 +140,13 @@ def command(name: str, *words: object) -> None:
         raise SystemExit(done.returncode)
 
 
-def acceptance(checkpoint: Path, given: argparse.Namespace, result: Path) -> float:
+def acceptance(checkpoint: Path, given: argparse.Namespace, result: Path) -> Length:
     """Acceptance length by `validate`; measured once."""
     if not result.exists():
         words = ["--load", checkpoint, "--prompts-path", given.prompts_path, "--osl", given.osl, "--no-compare"]
+        words += ["--batch-size", given.batch_size]
         command("validate", *words, "--output", result)
-    return float(json.loads(result.read_text())["acceptance_length"])
+    return Length.of(json.loads(result.read_text()))
 
 
 def measured_perplexity(checkpoint: Path, given: argparse.Namespace, result: Path) -> float:
@@ -123,18 +156,20 @@ def measured_perplexity(checkpoint: Path, given: argparse.Namespace, result: Pat
     return float(json.loads(result.read_text()))
 
 
-def trained_further(load: Path, given: argparse.Namespace, directory: Path) -> float | None:
+def trained_further(load: Path, given: argparse.Namespace, directory: Path, *options: str) -> Length | None:
     """Acceptance length of the draft in `load` after further steps; ``None``: none are asked for."""
     if not given.train_iters:
         return None
-    save = directory / "trained_on"
-    command(
-        "finetune",
-        *("--load", load, "--save", save, "--data-path", given.data_path, "--seq-length", given.seq_length),
-        *("--global-batch-size", BATCH_SIZE, "--micro-batch-size", BATCH_SIZE, "--train-iters", given.train_iters),
-        *("--lr", given.lr, "--split", "95,5,0", "--lr-warmup-iters", min(WARMUP, given.train_iters - 1)),
-    )
-    return acceptance(save, given, directory / "trained_on.json")
+    save, result = directory / "trained_on", directory / "trained_on.json"
+    if not result.exists():
+        command(
+            "finetune",
+            *("--load", load, "--save", save, "--data-path", given.data_path, "--seq-length", given.seq_length),
+            *("--global-batch-size", BATCH_SIZE, "--micro-batch-size", BATCH_SIZE, "--train-iters", given.train_iters),
+            *("--lr", given.lr, "--split", "95,5,0", "--lr-warmup-iters", min(WARMUP, given.train_iters - 1)),
+            *options,
+        )
+    return acceptance(save, given, result)
 
 
 def measure_plain(given: argparse.Namespace) -> Plain:
@@ -165,7 +200,7 @@ def measure(name: str, method: CalibrationMethod | None, given: argparse.Namespa
     if not has_draft(rounded):
         return Row(label, measured)
     accepted = acceptance(rounded, given, directory / "rounded.json")
-    return Row(label, measured, accepted, trained_further(rounded, given, directory))
+    return Row(label, measured, accepted, trained_further(rounded, given, directory, *given.qat_options))
 
 
 def has_draft(directory: Path) -> bool:
@@ -186,15 +221,16 @@ def table(rows: Sequence[Row], *, plain: Plain) -> list[str]:
     return lines
 
 
-def _length(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _length(value: Length | None) -> str:
+    return "" if value is None else str(value)
 
 
-def _recovered(row: Row, without: float | None) -> str:
+def _recovered(row: Row, without: Length | None) -> str:
     """Share of what rounding lost that came back; nothing where it lost nothing."""
-    if without is None or row.rounded is None or row.trained_on is None or without <= row.rounded:
+    if without is None or row.rounded is None or row.trained_on is None or without.tokens <= row.rounded.tokens:
         return ""
-    return f"{(row.trained_on - row.rounded) / (without - row.rounded):.0%}"
+    lost = without.tokens - row.rounded.tokens
+    return f"{(row.trained_on.tokens - row.rounded.tokens) / lost:.0%}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -213,10 +249,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--train-iters", type=int, default=100, help="steps of training on; 0: none")
     parser.add_argument("--lr", type=float, default=2e-4, help="of training on")
     parser.add_argument("--osl", type=int, default=96, help="most new tokens of an answer")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts that are answered at a time")
     parser.add_argument("--held-out", type=int, default=16, help="conversations of the perplexity, from the first")
     parser.add_argument("--seq-length", type=int, default=512, help="tokens of a conversation, everywhere")
     parser.add_argument(
         "--calib-size", type=int, default=QuantizeArguments.model_fields["calib_size"].default, help="conversations"
+    )
+    parser.add_argument(
+        "--learn-scales", dest="qat_options", action="append_const", const="--learn-scales", default=[], help="in QAT"
     )
     given = parser.parse_args(arguments)
     try:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import mcore_spec
-from mcore_spec.config.quantization import KV_CACHE_FP8, find_recipe
+from mcore_spec.config.quantization import KV_CACHE_FP8, RECIPES, find_recipe
 from mcore_spec.quantization.installed import quantization_of, unquantized
+from mcore_spec.quantization.modes import round_weights
 from tests.reference import quantized_engine
 from tests.tiny import VOCAB_SIZE, write_hf_model
 
@@ -66,6 +67,29 @@ def test_a_quantised_model_computes_with_rounded_weights_and_inputs(directory: P
     with torch.no_grad():
         expected = quantization.of("eagle_module.layers.0.mlp.up_proj").weight(weight)
     assert torch.equal(read.weights["midlayer.mlp.up_proj.weight"], expected)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_weights_that_are_rounded_once_give_the_same(recipe: str, directory: Path) -> None:
+    model = drafted(directory).eval()
+    mcore_spec.quantize(model, recipe, see if find_recipe(recipe).is_calibrated else None)
+    quantization = quantization_of(model)
+    assert quantization is not None
+    expected = logits(model)
+    with torch.no_grad():
+        weights = {
+            target.name: quantizer.weight(target.weight) for target, quantizer in quantization.linear_quantizers()
+        }
+    round_weights(model)
+    for target, quantizer in quantization.linear_quantizers():
+        assert torch.equal(target.weight, weights[target.name])
+        # Rounded a second time it would be another one, or might be: nothing looks at it again.
+        quantizer.weight.stored()[0].fill_(torch.nan)
+    assert torch.equal(logits(model), expected)
+    round_weights(model)
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(AssertionError, match="its weights are as they were"), unquantized(model):
+        pass
 
 
 def test_a_draft_learns_on_it(directory: Path) -> None:
