@@ -83,8 +83,10 @@ class _RestoringDrafts:
             with _ignoring_drafts(owner):
                 loaded = load(name, *args, **options)
             model = loaded[0] if options.get("output_loading_info") else loaded
+            quantization = _take_quantization(model)
             _restore_draft(model, name, options)
-            _restore_quantization(model, name, options)
+            if quantization is not None:
+                _restore_quantization(model, quantization, name, options)
             return loaded
 
         return from_pretrained
@@ -117,15 +119,22 @@ def _restore_draft(model: PreTrainedModel, name: Any, options: dict[str, Any]) -
         attach_exported(model, _directory(name, options))
 
 
-def _restore_quantization(model: PreTrainedModel, name: Any, options: dict[str, Any]) -> None:
-    """Quantise as the model's configuration records, if it does, with the scales in the files.
+def _take_quantization(model: PreTrainedModel) -> dict[str, Any] | None:
+    """What the configuration records, out of it until it is true: the draft is attached before.
+
+    ``None``: nothing, or it is done already, or the model has no head, and is a part of one that is quantised.
+    """
+    is_open = quantization_of(model) is None and model.get_output_embeddings() is not None
+    values: dict[str, Any] | None = vars(model.config).pop(QUANTIZATION_KEY, None) if is_open else None
+    return values
+
+
+def _restore_quantization(model: PreTrainedModel, values: dict[str, Any], name: Any, options: dict[str, Any]) -> None:
+    """Quantise by a record of the model's configuration, with the scales in the files.
 
     Raises:
         CheckpointError: a record of another version or a damaged one, or scales that are not in the files.
     """
-    values = vars(model.config).get(QUANTIZATION_KEY)
-    if values is None or quantization_of(model) is not None or model.get_output_embeddings() is None:
-        return
     version, record = values.get("format_version"), {**values}
     record.pop("format_version", None)
     if version != FORMAT_VERSION:
