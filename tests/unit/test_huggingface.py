@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -499,6 +499,54 @@ def test_restore_onto_another_base_is_refused(model: Any, tmp_path: Path) -> Non
         mcore_spec.restore(AutoModelForCausalLM.from_pretrained(other), tmp_path / "draft")
     with pytest.raises(CheckpointError, match="no directory"):
         mcore_spec.restore(model, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("form", ["saved", "exported", "beside its base"])
+def test_restore_onto_a_base_of_equal_sizes_is_asked_for(model: Any, form: str, tmp_path: Path, base_dir: Path) -> None:
+    """Another family, or other weights; in another dtype they cannot be told apart."""
+    drafted(model)
+    if form == "saved":
+        mcore_spec.save(model, tmp_path / "draft")
+    elif form == "exported":
+        mcore_spec.export_speculative_decoding(model, export_dir=tmp_path / "draft")
+    else:
+        model.save_pretrained(tmp_path / "draft")
+    family = write_hf_model(tmp_path / "qwen3", "qwen3", tied=False, dtype=torch.float32)
+    tuned = AutoModelForCausalLM.from_pretrained(base_dir)
+    with torch.no_grad():
+        tuned.model.layers[3].mlp.up_proj.weight[0] += 1
+    others = [
+        (AutoModelForCausalLM.from_pretrained(family), "a base with family = llama .*, this one has qwen3"),
+        (tuned, "a base with other weights"),
+    ]
+    for other, message in others:
+        with pytest.raises(CheckpointError, match=f"{message}.*or allow_other_base = True"):
+            mcore_spec.restore(other, tmp_path / "draft")
+        assert conversion_of(other) is None
+        mcore_spec.restore(other, tmp_path / "draft", allow_other_base=True)
+        assert same(draft_state(other), draft_state(model))
+    half = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.bfloat16)
+    mcore_spec.restore(half, tmp_path / "draft")
+    assert half.eagle_module.fc.weight.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_a_tied_head_may_be_among_the_files(with_head: bool, tmp_path: Path) -> None:
+    """Some hubs' files have it, transformers' do not."""
+    base = write_hf_model(tmp_path / "base", "llama", tied=True, dtype=torch.float32)
+    model = drafted(AutoModelForCausalLM.from_pretrained(base))
+    mcore_spec.save(model, tmp_path / "draft")
+    if with_head:
+        tensors = load_file(base / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        file = tmp_path / "draft" / "mcore_spec_export.json"
+        record = json.loads(file.read_text())
+        record["identity"]["fingerprint"] = WeightDirectory(base).fingerprint()
+        file.write_text(json.dumps(record))
+    fresh = AutoModelForCausalLM.from_pretrained(base)
+    mcore_spec.restore(fresh, tmp_path / "draft")
+    assert same(draft_state(fresh), draft_state(model))
 
 
 def test_the_export_says_what_it_was_made_for(model: Any, tmp_path: Path, base_dir: Path) -> None:

@@ -80,6 +80,13 @@ def test_a_quantised_base_takes_no_draft(state: str, base_dir: Path, tmp_path: P
     assert [name for name, _ in model.named_modules()] == before and "mcore_spec" not in vars(model.config)
 
 
+def test_the_draft_of_a_quantised_model_is_not_taken_alone(base_dir: Path, tmp_path: Path) -> None:
+    quantised(base_dir, "int8_per_channel", with_draft=True).save_pretrained(tmp_path / "saved")
+    plain = AutoModelForCausalLM.from_pretrained(base_dir)
+    with pytest.raises(CheckpointError, match=r"holds a quantised model \(int8_per_channel\).*load it whole"):
+        mcore_spec.restore(plain, tmp_path / "saved")
+
+
 def test_damaged_directories(base_dir: Path, tmp_path: Path) -> None:
     mcore_spec.enable_huggingface_checkpointing()
     quantised(base_dir, "int8_per_channel", with_draft=False).save_pretrained(tmp_path)
