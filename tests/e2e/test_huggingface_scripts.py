@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
+import mcore_spec
 from mcore_spec import CheckpointError, ConfigError
+from mcore_spec.data.chat import load_tokenizer
 from mcore_spec.huggingface.arguments import DraftArguments
 from mcore_spec.huggingface.train import run as train
 from mcore_spec.weights.safetensors_io import WeightDirectory
@@ -194,6 +196,42 @@ def test_a_model_that_cannot_be_loaded_is_told(base: Path, conversations: Path, 
     (damaged / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="transformers cannot load it .*give a model that is whole"):
         short_run(damaged, conversations, tmp_path / "out")
+
+
+def test_what_transformers_cannot_load_is_told(
+    run_script: Run, base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """A package that it needs for such weights is not there."""
+    packed = shutil.copytree(base, tmp_path / "packed")
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    (packed / "config.json").write_text(json.dumps(config))
+    words = ["--data_path", conversations, "--output_dir", tmp_path / "out", "--use_cpu", "True"]
+    done = run_script(SCRIPTS / "main.py", "--model_name_or_path", packed, *words)
+    assert done.code == 2 and "transformers cannot load it" in done.err and "compressed" in done.err
+
+
+@pytest.fixture(scope="module")
+def quantised(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `save_pretrained` writes of a quantised model with a draft."""
+    directory = tmp_path_factory.mktemp("quantised") / "model"
+    model = mcore_spec.convert(AutoModelForCausalLM.from_pretrained(base), "eagle")
+    mcore_spec.quantize(model, "int8_per_channel").save_pretrained(directory)
+    load_tokenizer(base).save_pretrained(directory)
+    return directory
+
+
+def test_commands_that_read_no_scales_of_it(
+    run: Run, run_script: Run, quantised: Path, conversations: Path, tmp_path: Path
+) -> None:
+    message = f"= {quantised} is a quantised model (mcore_spec_quantization in its config.json)"
+    save = tmp_path / "converted"
+    done = run(
+        *("convert", "--pretrained-model-path", quantised, "--save", save, "--export-algorithm", "eagle"),
+    )
+    assert done.code == 2 and f"pretrained_model_path {message}" in done.err and not save.exists()
+    done = run_script(SCRIPTS / "ar_validate.py", "--model_path", quantised)
+    assert done.code == 2 and f"base {message}" in done.err
 
 
 def test_launch_without_its_flags() -> None:
