@@ -357,6 +357,11 @@ def bad_batches() -> dict[str, tuple[dict[str, Any], str]]:
             {"input_ids": padded, "labels": unlabelled},
             r"input_ids\[0\] ends in 3 times pad_token_id = 0.*attention_mask",
         ),
+        "right padding with labels": ({"input_ids": padded, "labels": padded}, r"input_ids\[0\] ends in 3 times pad_"),
+        "a token that is not there": (
+            {"input_ids": ids.clone().fill_(VOCAB_SIZE), "labels": ids.clone().fill_(VOCAB_SIZE)},
+            rf"input_ids\[0, 0\] = {VOCAB_SIZE}, and the model's vocabulary has {VOCAB_SIZE} tokens",
+        ),
         "labels that are shifted": ({"input_ids": ids, "labels": ids.roll(-1, 1)}, r"labels\[0, 0\].*not shifted"),
         "labels in padding": (
             {"input_ids": padded, "labels": padded, "attention_mask": (padded != 0).long()},
@@ -393,6 +398,32 @@ def test_bad_batches(model: Any, name: str) -> None:
     drafted(model).train()
     with pytest.raises(ConfigError, match=message):
         model(**batch)
+
+
+@pytest.mark.parametrize("are_labels", [True, False])
+def test_end_tokens_are_padding_where_the_model_names_no_other(model: Any, are_labels: bool) -> None:
+    """Repeated at the end; inside, and once at the end, they are the row's own."""
+    model.config.pad_token_id, model.config.eos_token_id = None, [2, 1]
+    drafted(model).train()
+    ids = tokens()
+    ids[0, 3:5] = ids[0, 11] = ids[1, 10] = 2
+    ids[1, 11] = 1
+    assert float(model(input_ids=ids, labels=ids).loss.detach()) > 0
+    ids[1, 9:] = 2
+    labels = ids.clone()
+    if not are_labels:
+        labels[1, 9:] = IGNORED
+    with pytest.raises(ConfigError, match=r"input_ids\[1\] ends in 3 times eos_token_id = 2.*attention_mask"):
+        model(input_ids=ids, labels=labels)
+
+
+def test_a_last_token_that_is_learned_may_be_the_padding_token(model: Any) -> None:
+    """Vocabularies are there whose token 0 is a word, and configurations that name it for padding."""
+    model.config.pad_token_id = 0
+    drafted(model).train()
+    ids = tokens()
+    ids[:, -1] = 0
+    assert float(model(input_ids=ids, labels=ids).loss.detach()) > 0
 
 
 def test_a_single_end_token_is_no_padding(model: Any) -> None:
