@@ -16,9 +16,11 @@ from mcore_spec.bases.base import Base
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.config import ALGORITHMS, BaseArchitecture, DraftInit, StrictConfig, suggest
 from mcore_spec.config.files import ConfigFile
+from mcore_spec.config.quantization import QuantizationRecord
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.vocab_map import check_draft_to_target
 from mcore_spec.errors import ConfigError, UnsupportedError
+from mcore_spec.hosting.key import QUANTIZATION_KEY
 from mcore_spec.objectives.objective import MakeTask, Task
 from mcore_spec.parallel.tensor_parallel import Placement
 
@@ -122,6 +124,19 @@ class Conversion(nn.Module):
         return f"{self.algorithm}, {self.config!r}"
 
 
+class Quantized(nn.Module):
+    """What a quantisation is to those who put nothing in its places, a child of the model on every stage.
+
+    Attributes:
+        record: recipe and calibration.
+    """
+
+    def __init__(self, record: QuantizationRecord) -> None:
+        """Take the record."""
+        super().__init__()
+        self.record = record
+
+
 def parse_mode(mode: Mode) -> tuple[str, StrictConfig]:
     """Algorithm and configuration from any of the three forms.
 
@@ -187,7 +202,7 @@ def convert(
         The same object.
 
     Raises:
-        ConfigError: a configuration that does not fit the base, or a model that has a draft already.
+        ConfigError: a configuration that does not fit the base, or a model that has a draft already or is quantised.
         UnsupportedError: a model or a combination that cannot be converted.
     """
     name, config = parse_mode(mode)
@@ -207,7 +222,7 @@ def attach(base: MegatronBase | TransformersBase, algorithm: str, config: Strict
     """Add the draft's modules with unset weights, as `convert` and loading a checkpoint both need.
 
     Args:
-        base: without a draft.
+        base: without a draft, and not quantised yet: a recipe covers the draft too.
         algorithm: a name in the registry.
         config: resolved.
 
@@ -215,12 +230,13 @@ def attach(base: MegatronBase | TransformersBase, algorithm: str, config: Strict
         The draft on the last stage, ``None`` on the others.
 
     Raises:
-        ConfigError: the model has a draft already.
+        ConfigError: the model has a draft already, or is quantised.
         UnsupportedError: a transformers model that is to be trained with its draft.
     """
     existing = conversion_of(base.model)
     if existing is not None:
         raise ConfigError(f"the model has a draft already ({existing.algorithm}); convert the base it was made from")
+    _check_not_quantized(base)
     record = find_algorithm(algorithm)
     if not isinstance(base, MegatronBase) and not record.freezes_base(config):
         raise UnsupportedError(
@@ -244,6 +260,26 @@ def attach(base: MegatronBase | TransformersBase, algorithm: str, config: Strict
 
         install(base, algorithm, config, partial(record.task, config))
     return draft if base.is_last_stage else None
+
+
+def quantized_before(what: str, how: str) -> str:
+    """Why a base that was quantised without a draft takes none: its scales would not be the draft's."""
+    return (
+        f"{what} is quantised ({how}): convert the one that it was made from, and quantise base and draft together then"
+    )
+
+
+def _check_not_quantized(base: MegatronBase | TransformersBase) -> None:
+    """Refuse a quantised base, also one that was loaded without its scales.
+
+    Raises:
+        ConfigError: it is.
+    """
+    found = [child.record.recipe.name for child in base.model.children() if isinstance(child, Quantized)]
+    if not isinstance(base, MegatronBase) and QUANTIZATION_KEY in vars(base.model.config):
+        found.append(f"{QUANTIZATION_KEY} in its configuration")
+    if found:
+        raise ConfigError(quantized_before("the model", found[0]))
 
 
 def reads_tokens(model: nn.Module) -> bool:

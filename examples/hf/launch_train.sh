@@ -11,15 +11,21 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python}"
 source "$here/options.sh"
-model="" output_dir="" data=() num_gpu=1 num_epochs=1 mode=eagle3 lr=1e-4 train_bs=4 training_seq_len=2048
+model="" output_dir="" data=() num_gpu=1 num_epochs=1 mode="" lr=1e-4 train_bs=4 training_seq_len=2048
 use_fsdp=False cp_size=1 offline_data=""
 take_options "model output_dir data num_gpu num_epochs mode lr train_bs training_seq_len use_fsdp cp_size offline_data" "$@"
 [[ -n "$model" ]] || fail "--model is missing; give the base's directory or hub id"
 [[ -n "$output_dir" ]] || fail "--output_dir is missing; give the directory to write to"
 [[ ${#data[@]} -gt 0 || -n "$offline_data" ]] ||
     fail "--data is missing; give a file of conversations, or --offline-data a store of hidden states"
+for name in num_gpu cp_size; do
+    [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail "--$name ${!name}: give a whole number of at least 1"
+done
+[[ "$num_epochs" =~ ^[0-9]*\.?[0-9]*$ && "$num_epochs" =~ [1-9] ]] ||
+    fail "--num_epochs $num_epochs: nothing would be learned; give a number above 0"
 learned=()
 [[ ${#data[@]} -eq 0 ]] || learned+=(--data_path "${data[@]}")
+[[ -z "$mode" ]] || learned+=(--mode "$mode")
 [[ -z "$offline_data" ]] || learned+=(--offline_data "$offline_data")
 
 launch=(-m accelerate.commands.launch --num_machines 1 --num_processes "$num_gpu")
@@ -53,6 +59,6 @@ if [[ "$cp_size" != 1 ]]; then
 fi
 
 exec "$python" "${launch[@]}" "$here/main.py" \
-    --model_name_or_path "$model" "${learned[@]}" --output_dir "$output_dir" --mode "$mode" \
+    --model_name_or_path "$model" "${learned[@]}" --output_dir "$output_dir" \
     --num_train_epochs "$num_epochs" --learning_rate "$lr" --per_device_train_batch_size "$train_bs" \
     --training_seq_len "$training_seq_len" "${training[@]}" "${rest[@]}"

@@ -36,13 +36,8 @@ def read_conversations(
         on_bad_line=config.on_bad_line,
         vocab_size=base.vocab_size,
     )
-    counts = store.counts
-    say(
-        f"data: {counts.documents:,} conversations, {counts.tokens:,} tokens, {counts.masked_tokens:,} of them the "
-        f"model's; {counts.truncated:,} truncated at --seq-length, {counts.empty:,} without a token of the model's "
-        f"left out, {counts.skipped:,} unreadable left out"
-    )
-    for reason in counts.skip_reasons:
+    say(f"data: {store.counts.describe(cut_by='--seq-length')}")
+    for reason in store.counts.skip_reasons:
         say(f"  left out: {reason}")
     return store
 

@@ -26,7 +26,7 @@ from mcore_spec.cli.dry_run import Rehearsal, build_stages, say_weights
 from mcore_spec.cli.terminal import say
 from mcore_spec.config import BaseArchitecture, StrictConfig
 from mcore_spec.config.files import ConfigFile, read_config_file
-from mcore_spec.conversion import convert, find_algorithm
+from mcore_spec.conversion import convert, find_algorithm, quantized_before
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.vocab_map import load_draft_to_target
 from mcore_spec.errors import CheckpointError, ConfigError
@@ -124,10 +124,8 @@ def _find_source(arguments: ConvertArguments) -> Source:
                 "convert the base it was made from"
             )
         if checkpoint.record.quantization is not None:
-            raise CheckpointError(
-                f"load = {arguments.load} is quantised ({checkpoint.record.quantization.recipe.name}): convert the "
-                "checkpoint that it was made from, and quantise base and draft together then"
-            )
+            recipe = checkpoint.record.quantization.recipe
+            raise CheckpointError(quantized_before(f"load = {arguments.load}", recipe.name))
         files = sorted(checkpoint.tokenizer_path.glob("*")) if checkpoint.tokenizer_path.is_dir() else []
         return Source(_as_asked(checkpoint.record, arguments), checkpoint.path, files)
     assert arguments.pretrained_model_path is not None

@@ -19,7 +19,14 @@ from mcore_spec.export.modules import draft_names
 from mcore_spec.export.reader import attach_read, read_exported
 from mcore_spec.parallel.layout import Layout, run_on_rank_zero
 from mcore_spec.quantization.modes import round_weights
-from mcore_spec.weights.hf_config import describe_hf, locate, mtp_names, read_hf_config, without_mtp
+from mcore_spec.weights.hf_config import (
+    check_not_quantized,
+    describe_hf,
+    locate,
+    mtp_names,
+    read_hf_config,
+    without_mtp,
+)
 from mcore_spec.weights.hf_import import import_hf
 from mcore_spec.weights.safetensors_io import WeightDirectory
 
@@ -39,6 +46,7 @@ def load_drafted_base(arguments: DraftedBaseArguments, layout: Layout) -> Drafte
     Raises:
         ConfigError: no tokenizer, or a layout that does not divide the base.
         CheckpointError: damaged files, or a draft of another base.
+        UnsupportedError: a base that this package cannot represent, or a quantised one.
     """
     if arguments.load is None:
         return _from_directories(arguments, layout)
@@ -62,6 +70,7 @@ def load_drafted_base(arguments: DraftedBaseArguments, layout: Layout) -> Drafte
 def _from_directories(arguments: DraftedBaseArguments, layout: Layout) -> DraftedBase:
     directory, draft = locate(str(arguments.base), field="base"), Path(str(arguments.draft))
     given = read_hf_config(directory)
+    check_not_quantized(given, what=f"base = {arguments.base}")
     raw = without_mtp(given)
     stored = describe_hf(raw, where=str(directory / "config.json"))
     base = _with_dtype(stored, arguments.params_dtype)

@@ -42,9 +42,10 @@ def describe_validation_error(config_class: type[BaseModel], error: ValidationEr
     for problem in error.errors():
         field = ".".join(str(part) for part in problem["loc"]) or config_class.__name__
         if problem["type"] == "extra_forbidden":
-            known = _known_fields(config_class, problem["loc"][:-1])
-            hint = suggest(str(problem["loc"][-1]), known, otherwise=f"known fields: {', '.join(known)}")
-            lines.append(f"{field}: unknown field; {hint}")
+            *path, name = map(str, problem["loc"])
+            known = list(_fields(_class_at(config_class, path)))
+            hint = suggest(name, known, otherwise=f"known fields: {', '.join(known)}")
+            lines.append(f"{field}: unknown field; {_place_of(name, config_class, path) or hint}")
         else:
             lines.append(f"{field} = {problem['input']!r}: {describe_problem(problem)}")
     prefix = f"{where}: " if where else ""
@@ -69,14 +70,31 @@ def suggest(word: str, known: Sequence[str], *, before: str = "", otherwise: str
         before: stands before the suggestion.
         otherwise: what to say where nothing known comes near.
     """
-    close = get_close_matches(word, known, n=1)
+    # A beginning is what somebody typed who knows the rest by heart or has it completed.
+    longer = [name for name in known if name.startswith(word)] if len(word) > 2 else []
+    close = get_close_matches(word, longer, n=1, cutoff=0) or get_close_matches(word, known, n=1)
     return f"{before}did you mean {close[0]}?" if close else otherwise
 
 
-def _known_fields(config_class: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+def _class_at(config_class: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
+    """The class of a field inside others; ``None``: it is of another kind."""
     for part in path:
-        annotation = config_class.model_fields[str(part)].annotation
+        annotation = config_class.model_fields[part].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
+            return None
         config_class = annotation
-    return list(config_class.model_fields)
+    return config_class
+
+
+def _fields(config_class: type[BaseModel] | None) -> Mapping[str, Any]:
+    return {} if config_class is None else config_class.model_fields
+
+
+def _place_of(name: str, config_class: type[BaseModel], path: Sequence[str]) -> str:
+    """Where a field belongs that is known one level deeper, or one higher; empty: in neither."""
+    for child in _fields(_class_at(config_class, path)):
+        if name in _fields(_class_at(config_class, [*path, child])):
+            return f"it belongs into {child}"
+    if path and name in _fields(_class_at(config_class, path[:-1])):
+        return f"it belongs beside {path[-1]}"
+    return ""

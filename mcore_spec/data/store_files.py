@@ -55,6 +55,14 @@ class StoreCounts:
     skipped: int = 0
     skip_reasons: tuple[str, ...] = ()
 
+    def describe(self, *, cut_by: str) -> str:
+        """One line for a user, who gave the sequence length by the option `cut_by`."""
+        return (
+            f"{self.documents:,} conversations, {self.tokens:,} tokens, {self.masked_tokens:,} of them the model's; "
+            f"{self.truncated:,} truncated at {cut_by}, {self.empty:,} without a token of the model's left out, "
+            f"{self.skipped:,} unreadable left out"
+        )
+
 
 class TokenStore:
     """A finished store, memory-mapped; a `ConversationSource`.

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 from mcore_spec.checkpoint.record import CheckpointRecord, ConversionRecord
 from mcore_spec.config import BaseIdentity
+from mcore_spec.config.quantization import QuantizationRecord
 from mcore_spec.conversion import find_algorithm
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import CheckpointError
 from mcore_spec.export.plan import ExportPlan
-from mcore_spec.hosting.key import CONFIG_KEY, FORMAT_VERSION
+from mcore_spec.hosting.key import CONFIG_KEY, FORMAT_VERSION, QUANTIZATION_KEY
 from mcore_spec.parallel.sharding import sharded_tensors
+from mcore_spec.quantization.installed import CHILD
 from mcore_spec.weights.hf_config import describe_hf, read_hf_config
 from mcore_spec.weights.safetensors_io import WeightDirectory
 
@@ -61,12 +63,31 @@ def conversion_in(raw: Mapping[str, Any], *, where: str) -> ConversionRecord | N
         return None
     if not isinstance(values, Mapping) or not {"algorithm", "config"} <= values.keys():
         raise CheckpointError(f"{where}: {CONFIG_KEY} is damaged: it lacks algorithm or config; save the model again")
-    if values.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{where}: {CONFIG_KEY} has format_version {values.get('format_version')!r}; this package reads "
-            f"{FORMAT_VERSION}: update it"
-        )
+    _check_version(values, CONFIG_KEY, where=where)
     return ConversionRecord(algorithm=values["algorithm"], config=values["config"])
+
+
+def _check_version(values: Mapping[str, Any], key: str, *, where: str) -> None:
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: {key} has format_version {version!r}; this package reads {FORMAT_VERSION}: update it"
+        )
+
+
+def quantization_in(raw: Mapping[str, Any], *, where: str) -> QuantizationRecord | None:
+    """How the model was quantised, as its ``config.json`` says; ``None`` where it was not.
+
+    Raises:
+        CheckpointError: a record of another version.
+        ConfigError: a damaged one.
+    """
+    values = raw.get(QUANTIZATION_KEY)
+    if values is None:
+        return None
+    _check_version(values, QUANTIZATION_KEY, where=where)
+    record = {name: value for name, value in values.items() if name != "format_version"}
+    return QuantizationRecord.parse(record, where=f"{where}: {QUANTIZATION_KEY}")
 
 
 def draft_names(raw: Mapping[str, Any]) -> tuple[str, ...]:
@@ -87,10 +108,13 @@ def record_of_model_directory(directory: Path) -> DraftBesideBase | None:
     conversion = None if is_of_modules(raw) else conversion_in(raw, where=where)
     if conversion is None:
         return None
-    with WeightDirectory(directory, without=draft_names(raw)) as weights:
+    quantization = quantization_in(raw, where=where)
+    with WeightDirectory(directory, without=(*draft_names(raw), f"{CHILD}.")) as weights:
         fingerprint = weights.fingerprint()
-    plain = {name: value for name, value in raw.items() if name != CONFIG_KEY}
+    plain = {name: value for name, value in raw.items() if name not in (CONFIG_KEY, QUANTIZATION_KEY)}
     identity = BaseIdentity(source=raw[CONFIG_KEY].get("base", ""), fingerprint=fingerprint, hf_config=plain)
     base = describe_hf(plain, where=where)
-    record = CheckpointRecord(base=base, identity=identity, conversion=conversion, packages={})
+    record = CheckpointRecord(
+        base=base, identity=identity, conversion=conversion, packages={}, quantization=quantization
+    )
     return DraftBesideBase(record, *draft_names(raw))

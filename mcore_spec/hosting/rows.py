@@ -68,16 +68,20 @@ class TokenRows:
     places: IntArray
 
 
-def read_rows(batch: TokenBatch, *, pad_token_id: int | None, end_token_ids: frozenset[int]) -> TokenRows:
+def read_rows(
+    batch: TokenBatch, *, vocab_size: int, pad_token_id: int | None, end_token_ids: frozenset[int]
+) -> TokenRows:
     """Documents of a batch; its tensors are copied to the host once.
 
     Args:
         batch: whole rows.
+        vocab_size: of the model.
         pad_token_id: of the model, to notice padding that nothing marks.
         end_token_ids: of the model; a sequence may end in one of them.
 
     Raises:
-        ConfigError: padding without a mask, a mask with holes, positions that neither go on nor restart, labels that
+        ConfigError: tokens that the model does not have, padding without a mask, a mask with holes, positions that
+            neither go on nor restart, labels that
             are not the tokens, or nothing but padding.
     """
     token_ids, labels = (tensor.cpu().numpy().astype(np.int64) for tensor in (batch.input_ids, batch.labels))
@@ -90,6 +94,13 @@ def read_rows(batch: TokenBatch, *, pad_token_id: int | None, end_token_ids: fro
         raise ConfigError(
             f"labels[{row}, {place}] = {labels[row, place]} and input_ids[{row}, {place}] = {token_ids[row, place]}; "
             f"labels are the tokens themselves, not shifted, and {NO_LABEL} where nothing is learned"
+        )
+    unknown = np.argwhere(((token_ids < 0) | (token_ids >= vocab_size)) & (True if mask is None else mask))
+    if len(unknown):
+        row, place = unknown[0]
+        raise ConfigError(
+            f"input_ids[{row}, {place}] = {token_ids[row, place]}, and the model's vocabulary has {vocab_size} tokens; "
+            "tokenise with the tokenizer of this model"
         )
     if mask is None:
         _refuse_unmarked_padding(token_ids, has_label, pad_token_id, end_token_ids)
@@ -109,15 +120,22 @@ def read_rows(batch: TokenBatch, *, pad_token_id: int | None, end_token_ids: fro
 def _refuse_unmarked_padding(
     token_ids: IntArray, has_label: np.ndarray, pad_token_id: int | None, end_token_ids: frozenset[int]
 ) -> None:
-    """A row's own end may be a single end token that is the padding token too."""
-    allowed = 1 if pad_token_id in end_token_ids else 0
-    for row, (tokens, labelled) in enumerate(zip(token_ids, has_label, strict=True)):
-        filled = np.flatnonzero((tokens != pad_token_id) | labelled)
+    """Rows end in padding where they repeat the padding token, or an end token where the model names no other.
+
+    A row's own end may be such a token once: an end token, or one that is to be learned.
+    """
+    candidates = end_token_ids if pad_token_id is None else {pad_token_id}
+    name = "eos_token_id" if pad_token_id is None else "pad_token_id"
+    for row, tokens in enumerate(token_ids):
+        last = int(tokens[-1]) if len(tokens) else None
+        if last not in candidates:
+            continue
+        filled = np.flatnonzero(tokens != last)
         num_padding = len(tokens) - (filled[-1] + 1 if len(filled) else 0)
-        if num_padding > allowed:
+        if num_padding > (1 if last in end_token_ids or has_label[row, -1] else 0):
             raise ConfigError(
-                f"input_ids[{row}] ends in {num_padding} times pad_token_id = {pad_token_id}, and there is no "
-                "attention_mask; give one (a collator with padding makes it), or leave the padding out"
+                f"input_ids[{row}] ends in {num_padding} times {name} = {last}, and there is no attention_mask; give "
+                "one (a collator with padding makes it), or leave the padding out"
             )
 
 

@@ -11,19 +11,27 @@ from transformers import HfArgumentParser, TrainingArguments
 from mcore_spec.config import suggest
 from mcore_spec.errors import ConfigError
 
+# The kind of a new draft.
+DEFAULT_MODE = "eagle3"
+
 
 @dataclass(kw_only=True)
 class DraftArguments:
     """Model, data and draft."""
 
-    model_name_or_path: str = field(metadata={"help": "Directory or hub id of the base model."})
+    model_name_or_path: str = field(
+        metadata={
+            "help": "Directory or hub id of the base model; or of one that has a draft already, also a quantised one: "
+            "that draft then goes on."
+        }
+    )
     data_path: list[str] = field(
         default_factory=list,
         metadata={"help": "Conversations: .jsonl, .json or .parquet files, or Hugging Face datasets."},
     )
     eval_data_path: list[str] = field(default_factory=list, metadata={"help": "Conversations for --eval_strategy."})
-    mode: Literal["eagle3", "eagle1", "eagle-mtp", "medusa"] = field(
-        default="eagle3", metadata={"help": "Kind of draft."}
+    mode: Literal["eagle3", "eagle1", "eagle-mtp", "medusa"] | None = field(
+        default=None, metadata={"help": f"Kind of a new draft; {DEFAULT_MODE} if it is not given."}
     )
     eagle_config: str | None = field(
         default=None,

@@ -22,9 +22,9 @@ from mcore_spec.config import ALGORITHMS
 from mcore_spec.config.quantization import QuantizationRecord
 from mcore_spec.conversion import conversion_of, find_algorithm
 from mcore_spec.errors import CheckpointError, ConfigError
-from mcore_spec.export.modules import conversion_in
+from mcore_spec.export.modules import conversion_in, quantization_in
 from mcore_spec.export.reader import attach_exported
-from mcore_spec.hosting.key import FORMAT_VERSION, QUANTIZATION_KEY
+from mcore_spec.hosting.key import QUANTIZATION_KEY
 from mcore_spec.quantization.installed import CHILD, install, quantization_of
 from mcore_spec.weights.hf_config import locate
 from mcore_spec.weights.safetensors_io import WeightDirectory
@@ -59,7 +59,7 @@ def load_model(directory: Path | str, *, dtype: torch.dtype | str = "auto") -> P
     enable_huggingface_checkpointing()
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{directory}: transformers cannot load it ({reason}); give a model that is whole"
@@ -83,8 +83,10 @@ class _RestoringDrafts:
             with _ignoring_drafts(owner):
                 loaded = load(name, *args, **options)
             model = loaded[0] if options.get("output_loading_info") else loaded
+            quantization = _take_quantization(model, name)
             _restore_draft(model, name, options)
-            _restore_quantization(model, name, options)
+            if quantization is not None:
+                _restore_quantization(model, quantization, name, options)
             return loaded
 
         return from_pretrained
@@ -117,22 +119,31 @@ def _restore_draft(model: PreTrainedModel, name: Any, options: dict[str, Any]) -
         attach_exported(model, _directory(name, options))
 
 
-def _restore_quantization(model: PreTrainedModel, name: Any, options: dict[str, Any]) -> None:
-    """Quantise as the model's configuration records, if it does, with the scales in the files.
+def _take_quantization(model: PreTrainedModel, name: Any) -> QuantizationRecord | None:
+    """What the configuration records, out of it until it is true: the draft is attached before.
+
+    ``None``: nothing, or it is done already, or the model has no head, and is a part of one that is quantised.
 
     Raises:
-        CheckpointError: a record of another version or a damaged one, or scales that are not in the files.
+        CheckpointError: a record of another version.
+        ConfigError: a damaged one.
     """
-    values = vars(model.config).get(QUANTIZATION_KEY)
-    if values is None or quantization_of(model) is not None or model.get_output_embeddings() is None:
-        return
-    version, record = values.get("format_version"), {**values}
-    record.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{name}: {QUANTIZATION_KEY} has format_version {version!r}; this package reads {FORMAT_VERSION}: update it"
-        )
-    quantization = install(model, QuantizationRecord.parse(record, where=f"{name}: {QUANTIZATION_KEY}"))
+    if quantization_of(model) is not None or model.get_output_embeddings() is None:
+        return None
+    record = quantization_in(vars(model.config), where=str(name))
+    vars(model.config).pop(QUANTIZATION_KEY, None)
+    return record
+
+
+def _restore_quantization(
+    model: PreTrainedModel, record: QuantizationRecord, name: Any, options: dict[str, Any]
+) -> None:
+    """Quantise by a record of the model's configuration, with the scales in the files.
+
+    Raises:
+        CheckpointError: scales that are not in the files.
+    """
+    quantization = install(model, record)
     with WeightDirectory(_directory(name, options), below=f"{CHILD}.") as files:
         wanted = quantization.state_dict()
         if files.tensors.keys() != wanted.keys():

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from mcore_spec.bases.megatron import MegatronBase
+from mcore_spec.bases.transformers import TransformersBase
 from mcore_spec.checkpoint import store
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.checkpoint.store import Checkpoint
@@ -18,8 +19,8 @@ from mcore_spec.errors import CheckpointError, ConfigError, UnsupportedError
 from mcore_spec.export.draft import PlannedDraft, export_draft, write_planned
 from mcore_spec.export.modules import plan_modules
 from mcore_spec.export.plan import ExportFormat
-from mcore_spec.export.reader import attach_exported
-from mcore_spec.huggingface.record import describe_drafted
+from mcore_spec.export.reader import Exported, attach_read, read_exported
+from mcore_spec.huggingface.record import describe_drafted, fingerprints
 
 
 def save(
@@ -48,30 +49,71 @@ def save(
     write_planned(model, described, planned, directory, overwrite=overwrite)
 
 
-def restore(model: nn.Module, source: Checkpoint | Path | str) -> None:
+def restore(model: nn.Module, source: Checkpoint | Path | str, *, allow_other_base: bool = False) -> None:
     """Attach a draft to its bare base as it was attached before, and load it; in place. All ranks take part.
 
     Args:
         model: the base; a transformers model, or this rank's part of a `GPTModel`.
         source: a directory that `save`, an export or ``save_pretrained`` wrote, from either library; for a `GPTModel`
             also a `Checkpoint`, with which base and draft are loaded.
+        allow_other_base: take a base of equal sizes that is of another family or has other weights, such as a
+            fine-tuned one. Weights are compared on a transformers model of the dtype that the draft was made on;
+            otherwise they cannot be told apart.
 
     Raises:
-        CheckpointError: no draft there, one of another base, or damaged files.
-        ConfigError: the model has a draft already.
+        CheckpointError: no draft there, one of another base, or of a quantised model, or damaged files.
+        ConfigError: the model has a draft already, or is quantised.
     """
+    base = as_base(model)
     if not isinstance(source, Checkpoint):
         if not Path(source).is_dir():
             raise CheckpointError(f"{source} is no directory; give one that mcore_spec.save or an export wrote")
-        attach_exported(model, Path(source))
+        exported = read_exported(Path(source), base.architecture)
+        quantization = exported.record.quantization
+        if exported.below and quantization is not None:
+            raise CheckpointError(
+                f"{source} holds a quantised model ({quantization.recipe.name}), whose draft has scales; load it "
+                "whole: from_pretrained behind mcore_spec.enable_huggingface_checkpointing()"
+            )
+        if not allow_other_base:
+            _check_same_base(base, exported)
+        attach_read(model, exported)
         return
-    base = as_base(model)
     if not isinstance(base, MegatronBase):
         raise ConfigError(
             f"a {type(model).__name__} takes no Megatron-core checkpoint ({source.path}); give the directory that "
             "mcore_spec.save or export wrote of it"
         )
+    if allow_other_base:
+        raise ConfigError(
+            f"allow_other_base = True with a checkpoint ({source.path}), which holds its base; leave it out"
+        )
     store.restore(base.model, source)
+
+
+def _check_same_base(base: MegatronBase | TransformersBase, exported: Exported) -> None:
+    """Refuse a base of another family or with other weights, as far as that can be told.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    record, actual = exported.record, base.architecture
+    identity = record.identity
+    what = None
+    # A model of Megatron-core's that somebody else built does not say its family.
+    if actual.family != record.base.family and "megatron" not in (actual.family, record.base.family):
+        what = f"family = {record.base.family} ({identity.source}), this one has {actual.family}"
+    elif isinstance(base, TransformersBase) and identity.fingerprint:
+        # The files may have another dtype than the model that the draft was made on, and this model a third.
+        stored = identity.hf_config.get("dtype") or identity.hf_config.get("torch_dtype")
+        found = fingerprints(base) if {stored, record.base.dtype} == {actual.dtype} else []
+        if found and identity.fingerprint not in found:
+            what = f"other weights ({identity.source})"
+    if what is not None:
+        raise CheckpointError(
+            f"draft = {exported.directory} was made for a base with {what}; give the base that the draft belongs to, "
+            "or allow_other_base = True for one that is close to it, such as a fine-tuned one"
+        )
 
 
 def export_speculative_decoding(

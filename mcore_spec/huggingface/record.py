@@ -57,12 +57,13 @@ def describe_drafted(model: nn.Module, given: CheckpointRecord | None) -> Checkp
 
 
 def _identity(base: TransformersBase) -> BaseIdentity:
-    """The fingerprint is that of the files that transformers would write: a tied head is not among them.
+    """Which base it is, by the files that transformers would write.
 
     Raises:
         ConfigError: weights that are offloaded.
     """
-    if any(tensor.device.type == "meta" for tensor in base.model.state_dict().values()):
+    found = fingerprints(base)
+    if not found:
         raise ConfigError(
             f"the {type(base.model).__name__} is offloaded in part, and what is written says which base it is for, by "
             "its weights; save_pretrained it, and go on from that without offloading"
@@ -71,14 +72,22 @@ def _identity(base: TransformersBase) -> BaseIdentity:
     known = config.pop(CONFIG_KEY)
     config.pop(QUANTIZATION_KEY, None)
     config["architectures"] = config.get("architectures") or [type(base.model).__name__]
+    return BaseIdentity(source=known["base"] or "an unnamed model", fingerprint=found[0], hf_config=config)
+
+
+def fingerprints(base: TransformersBase) -> list[str]:
+    """Of the base's weights: as transformers writes them, and where the head is tied, with it too, as others may.
+
+    None where they are offloaded or sharded.
+    """
     ours = (Draft, Quantization)
     drafts = tuple(f"{name}." for name, child in base.model.named_children() if isinstance(child, ours))
-    is_tied = base.embedding_weight() is base.head_weight()
-    skipped = [name for name, module in base.model.named_modules() if is_tied and module is base.head]
-    weights = {
-        name: tensor
-        for name, tensor in base.model.state_dict(keep_vars=True).items()
-        if not name.startswith(drafts) and name.rpartition(".")[0] not in skipped
-    }
-    source = known["base"] or "an unnamed model"
-    return BaseIdentity(source=source, fingerprint=fingerprint_of(weights), hf_config=config)
+    state = base.model.state_dict(keep_vars=True)
+    weights = {name: tensor for name, tensor in state.items() if not name.startswith(drafts)}
+    if any(tensor.device.type == "meta" or isinstance(tensor, DTensor) for tensor in weights.values()):
+        return []
+    if base.embedding_weight() is not base.head_weight():
+        return [fingerprint_of(weights)]
+    heads = [name for name, module in base.model.named_modules() if module is base.head]
+    untied = {name: tensor for name, tensor in weights.items() if name.rpartition(".")[0] not in heads}
+    return [fingerprint_of(untied), fingerprint_of(weights)]

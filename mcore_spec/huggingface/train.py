@@ -13,15 +13,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mcore_spec.bases.transformers import TransformersBase
+from mcore_spec.config import EagleConfig
 from mcore_spec.config.files import ConfigFile, read_config_file
-from mcore_spec.conversion import conversion_of, convert, find_algorithm
+from mcore_spec.conversion import Conversion, conversion_of, convert, find_algorithm
 from mcore_spec.data.chat import Tokenizer, load_tokenizer
 from mcore_spec.data.hidden_states.fit import check_tokenizer_of, open_states
 from mcore_spec.data.store import TokenStore, build_token_store
 from mcore_spec.drafts.vocab_map import load_draft_to_target
 from mcore_spec.errors import CheckpointError, ConfigError
-from mcore_spec.hosting.key import CONFIG_KEY
-from mcore_spec.huggingface.arguments import DraftArguments
+from mcore_spec.hosting.key import CONFIG_KEY, QUANTIZATION_KEY
+from mcore_spec.huggingface.arguments import DEFAULT_MODE, DraftArguments
 from mcore_spec.huggingface.checkpointing import load_model
 from mcore_spec.huggingface.data import ConversationDataset, DraftCollator
 from mcore_spec.huggingface.offline import StatesCollator, StatesDataset
@@ -45,15 +46,9 @@ def run(arguments: DraftArguments, training: TrainingArguments, *, say: Callable
         CheckpointError: stored hidden states that are damaged, or of another base.
         UnsupportedError: a base that cannot carry a draft.
     """
-    if bool(arguments.data_path) == (arguments.offline_data is not None):
-        both = "both are given" if arguments.data_path else "neither is given"
-        raise ConfigError(f"--data_path or --offline_data: {both}; give conversations or stored hidden states")
     output = _find_output(arguments, training)
-    if (training.eval_strategy != "no") != bool(arguments.eval_data_path):
-        raise ConfigError("--eval_strategy and --eval_data_path need each other; give both or neither")
-    if arguments.eval_data_path and arguments.offline_data is not None:
-        raise ConfigError("--eval_data_path with --offline_data: the base does not run; measure with ar_validate.py")
-    file = ConfigFile({}, where=f"{arguments.mode} config")
+    _check_arguments(arguments, training)
+    file = ConfigFile({}, where=f"{arguments.mode or DEFAULT_MODE} config")
     if arguments.eagle_config is not None:
         file = read_config_file(Path(arguments.eagle_config), name="--eagle_config")
     directory = locate(arguments.model_name_or_path, field="model_name_or_path")
@@ -61,29 +56,39 @@ def run(arguments: DraftArguments, training: TrainingArguments, *, say: Callable
     model = load_model(directory, dtype=_dtype(arguments))
     model.config.name_or_path = arguments.model_name_or_path
     vocab_size = model.config.vocab_size
-    d2t = None
-    if arguments.draft_vocab_cache is not None:
-        d2t = load_draft_to_target(Path(arguments.draft_vocab_cache), vocab_size=vocab_size)
-    convert(model, _mode(arguments.mode, file), d2t=d2t, seed=training.seed)
+    learned = conversion_of(model)
+    if learned is not None:
+        _check_goes_on(arguments, learned)
+        how = "" if QUANTIZATION_KEY not in vars(model.config) else ", with quantised weights and inputs"
+        say(f"goes on with the {learned.draft_class.label} draft of {arguments.model_name_or_path}{how}")
+    else:
+        d2t = None
+        if arguments.draft_vocab_cache is not None:
+            d2t = load_draft_to_target(Path(arguments.draft_vocab_cache), vocab_size=vocab_size)
+        convert(model, _mode(arguments.mode or DEFAULT_MODE, file), d2t=d2t, seed=training.seed)
     training.remove_unused_columns = False
 
-    def store(sources: list[str]) -> TokenStore:
-        return build_token_store(
+    def store(name: str, sources: list[str]) -> TokenStore:
+        made = build_token_store(
             sources,
             tokenizer,
             cache_dir=output / "data_cache",
             seq_length=arguments.training_seq_len,
             vocab_size=vocab_size,
         )
+        say(f"{name}: {made.counts.describe(cut_by='--training_seq_len')}")
+        return made
 
-    data = Data(ConversationDataset(store(arguments.data_path)), DraftCollator()) if arguments.data_path else None
-    data = data or _stored(arguments, model, directory)
+    if arguments.data_path:
+        data = Data(ConversationDataset(store("data", arguments.data_path)), DraftCollator())
+    else:
+        data = _stored(arguments, model, directory)
     if arguments.eval_data_path:
-        data = data._replace(measured=ConversationDataset(store(arguments.eval_data_path)))
+        data = data._replace(measured=ConversationDataset(store("measured on", arguments.eval_data_path)))
     trainer = _trainer(model, tokenizer, training, data)
     checkpoint = _newest_checkpoint(output)
     if checkpoint is None:
-        start = trainer.fit_start(arguments.fit_start)
+        start = trainer.fit_start(arguments.fit_start) if learned is None else None
         if start is not None:
             say(f"the draft starts as the least-squares solution of {start.num_rows:,} rows (--fit_start)")
     else:
@@ -92,6 +97,48 @@ def run(arguments: DraftArguments, training: TrainingArguments, *, say: Callable
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_state()
     trainer.save_model(str(output))
+
+
+def _check_arguments(arguments: DraftArguments, training: TrainingArguments) -> None:
+    """Refuse options that contradict each other, and a run of no steps.
+
+    Raises:
+        ConfigError: names them.
+    """
+    if bool(arguments.data_path) == (arguments.offline_data is not None):
+        both = "both are given" if arguments.data_path else "neither is given"
+        raise ConfigError(f"--data_path or --offline_data: {both}; give conversations or stored hidden states")
+    if (training.eval_strategy != "no") != bool(arguments.eval_data_path):
+        raise ConfigError("--eval_strategy and --eval_data_path need each other; give both or neither")
+    if arguments.eval_data_path and arguments.offline_data is not None:
+        raise ConfigError("--eval_data_path with --offline_data: the base does not run; measure with ar_validate.py")
+    if training.num_train_epochs <= 0 and training.max_steps <= 0:
+        raise ConfigError(
+            f"--num_train_epochs = {training.num_train_epochs}: nothing would be learned; give more than 0, or "
+            "--max_steps"
+        )
+
+
+def _check_goes_on(arguments: DraftArguments, learned: Conversion) -> None:
+    """Refuse options that are about a new draft, where the model has one that goes on.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    kind = learned.config.algorithm if isinstance(learned.config, EagleConfig) else learned.algorithm
+    given = {
+        f"--mode {arguments.mode}": arguments.mode not in (None, kind),
+        f"--eagle_config {arguments.eagle_config}": arguments.eagle_config is not None,
+        f"--draft_vocab_cache {arguments.draft_vocab_cache}": arguments.draft_vocab_cache is not None,
+        f"--fit_start {arguments.fit_start}": bool(arguments.fit_start),
+        f"--offline_data {arguments.offline_data}": arguments.offline_data is not None,
+    }
+    for option, is_wrong in given.items():
+        if is_wrong:
+            raise ConfigError(
+                f"{option}: {arguments.model_name_or_path} has a draft already ({kind}), which goes on as it is, "
+                "beside its base; leave the option out, or give the base that it was made from"
+            )
 
 
 def _find_output(arguments: DraftArguments, training: TrainingArguments) -> Path:
@@ -125,12 +172,18 @@ def _check_same_draft(checkpoint: Path, model: PreTrainedModel) -> None:
     Raises:
         CheckpointError: another algorithm or configuration.
     """
-    recorded = read_hf_config(checkpoint).get(CONFIG_KEY, {})
+    written = read_hf_config(checkpoint)
+    recorded = written.get(CONFIG_KEY, {})
     own = vars(model.config)[CONFIG_KEY]
+    remedy = "give the same to go on, or another --output_dir"
     if any(recorded.get(name) != own[name] for name in ("algorithm", "config")):
         raise CheckpointError(
-            f"{checkpoint} is of a run that trains another draft than --mode and --eagle_config say; give the same to "
-            "go on, or another --output_dir"
+            f"{checkpoint} is of a run that trains another draft than --mode and --eagle_config say; {remedy}"
+        )
+    if written.get(QUANTIZATION_KEY) != vars(model.config).get(QUANTIZATION_KEY):
+        raise CheckpointError(
+            f"{checkpoint} is of a run whose model is quantised in another way than --model_name_or_path, or one of "
+            f"the two is not; {remedy}"
         )
 
 
@@ -162,7 +215,7 @@ def _stored(arguments: DraftArguments, model: PreTrainedModel, directory: Path) 
     path, name, conversion = Path(arguments.offline_data or ""), "offline_data", conversion_of(model)
     assert conversion is not None, "the model was converted"
     task = find_algorithm(conversion.algorithm).task(conversion.config)
-    base = find_base(str(directory))
+    base = find_base(str(directory), field="model_name_or_path")
     store = open_states(path, base.architecture, base.identity, aux_layer_ids=task.aux_layer_ids, name=name)
     check_tokenizer_of(store, directory, name=name)
     return Data(StatesDataset(store, TransformersBase(model), aux_layer_ids=task.aux_layer_ids), StatesCollator())

@@ -25,7 +25,8 @@ def check_exportable(recipe: Recipe, form: QuantFormat) -> None:
         raise UnsupportedError(f"recipe {recipe.name} is for experiments: no engine reads it; choose another to export")
     if form == "modelopt" and recipe.name not in _ALGORITHMS:
         raise UnsupportedError(
-            f"recipe {recipe.name} has no name in ModelOpt's form; give --export-quant-format compressed-tensors"
+            f"recipe {recipe.name} has no name in ModelOpt's form; give --export-quant-format compressed-tensors "
+            "(quant_format from Python and in examples/hf)"
         )
 
 

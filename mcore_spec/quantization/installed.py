@@ -18,7 +18,7 @@ from mcore_spec.bases.megatron_cache import CacheParams
 from mcore_spec.bases.megatron_layers import CausalAttention
 from mcore_spec.bases.transformers import TransformersBase
 from mcore_spec.config.quantization import QuantizationRecord
-from mcore_spec.conversion import as_base
+from mcore_spec.conversion import Quantized, as_base
 from mcore_spec.errors import ConfigError
 from mcore_spec.hosting.install import record_quantization
 from mcore_spec.layers.attention import KeyValue, Places, Rows
@@ -43,11 +43,10 @@ from mcore_spec.quantization.targets import AttentionTarget, Target, attention_t
 CHILD = "quantization"
 
 
-class Quantization(nn.Module):
+class Quantization(Quantized):
     """Everything that a model's quantisation is.
 
     Attributes:
-        record: recipe and calibration.
         is_on: whether values are quantised; off, the model computes as it did before.
         has_rounded_weights: whether weights were rounded for good (see `round_weights`).
         product: multiplies FP8 numbers; ``None``: rounded values are multiplied in the model's dtype.
@@ -62,8 +61,8 @@ class Quantization(nn.Module):
             record: for checkpoints.
             tp: the model's tensor-parallel ranks.
         """
-        super().__init__()
-        self.record, self.tp, self.is_on = record, tp, True
+        super().__init__(record)
+        self.tp, self.is_on = tp, True
         self.has_rounded_weights = False
         self.product: Float8Product | None = None
         self.linears, self.attentions = nn.ModuleDict(), nn.ModuleDict()

@@ -159,11 +159,20 @@ class _Stop:
 
 
 def _load_model(directory: str, dtype: str, device: torch.device) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.quantizers import AutoHfQuantizer
 
     try:
+        declared = vars(AutoConfig.from_pretrained(directory)).get("quantization_config")
+        # transformers would leave such weights as they are stored, without their scales, and warn.
+        if declared and not AutoHfQuantizer.supports_quant_method(declared):
+            raise ConfigError(
+                f"model = {directory} is quantised in a form that transformers does not apply (quant_method = "
+                f"{declared.get('quant_method')!r}); give the model that it was made from, or a server of it with "
+                "base_url"
+            )
         model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"model = {directory} holds no language model that can be read ({reason}); give a Hugging Face directory "

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from mcore_spec.bases.transformers_config import describe_hf
 from mcore_spec.config import BaseArchitecture, BaseIdentity
-from mcore_spec.weights.hf_config import locate, mtp_names, read_hf_config, without_mtp
+from mcore_spec.weights.hf_config import check_not_quantized, locate, mtp_names, read_hf_config, without_mtp
 from mcore_spec.weights.safetensors_io import WeightDirectory
 
 
@@ -38,10 +38,11 @@ def find_base(path_or_hub_id: str, *, field: str = "pretrained_model_path", with
     Raises:
         ConfigError: neither a directory nor a repository, or a configuration that cannot be read.
         CheckpointError: weights that are missing or damaged.
-        UnsupportedError: a family or a feature that is not represented.
+        UnsupportedError: a family or a feature that is not represented, or a quantised model.
     """
     directory = locate(path_or_hub_id, with_weights=with_weights, field=field)
     given = read_hf_config(directory)
+    check_not_quantized(given, what=f"{field} = {path_or_hub_id}")
     raw, mtp = without_mtp(given), mtp_names(given)
     architecture = describe_hf(raw, where=str(directory / "config.json"))
     fingerprint = ""

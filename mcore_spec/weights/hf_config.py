@@ -9,12 +9,14 @@ from typing import Any
 from mcore_spec.bases.transformers_config import describe_hf
 from mcore_spec.config import BaseArchitecture
 from mcore_spec.config.base import HF_FAMILIES
-from mcore_spec.errors import ConfigError
+from mcore_spec.errors import ConfigError, UnsupportedError
+from mcore_spec.hosting.key import QUANTIZATION_KEY
 from mcore_spec.weights.families import hf_family
 
 __all__ = [
     "MIMO_LAYERS",
     "TOKENIZER_FILES",
+    "check_not_quantized",
     "describe_hf",
     "locate",
     "mtp_names",
@@ -84,6 +86,23 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}; it must hold an object")
     return raw
+
+
+def check_not_quantized(raw: dict[str, Any], *, what: str) -> None:
+    """Refuse what ``save_pretrained`` wrote of a quantised model: here its scales would be nobody's.
+
+    Args:
+        raw: ``config.json``.
+        what: the user named, and how.
+
+    Raises:
+        UnsupportedError: it is.
+    """
+    if raw.get(QUANTIZATION_KEY):
+        raise UnsupportedError(
+            f"{what} is a quantised model ({QUANTIZATION_KEY} in its config.json), and its scales are read by "
+            "from_pretrained alone; give the model that it was made from, and quantise that (mcore-spec quantize)"
+        )
 
 
 def without_mtp(raw: dict[str, Any]) -> dict[str, Any]:

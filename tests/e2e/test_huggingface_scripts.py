@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
+import mcore_spec
 from mcore_spec import CheckpointError, ConfigError
+from mcore_spec.data.chat import load_tokenizer
 from mcore_spec.huggingface.arguments import DraftArguments
 from mcore_spec.huggingface.train import run as train
 from mcore_spec.weights.safetensors_io import WeightDirectory
@@ -123,6 +125,7 @@ def test_stored_hidden_states(run: Run, base: Path, data: Path, tmp_path: Path) 
         (["--eagle_config", "nowhere.json"], "--eagle_config = nowhere.json: no such file"),
         (["--eval_strategy", "epoch"], "--eval_strategy and --eval_data_path need each other"),
         (["--lerning_rate", "1"], "error: --lerning_rate: unknown option; did you mean --learning_rate?"),
+        (["--num_train_epochs", "0"], "--num_train_epochs = 0.0: nothing would be learned"),
         (["--mode", "medusa", "--fit_start", "2"], "fit_start = 2: this draft has no such start"),
     ],
 )
@@ -138,10 +141,9 @@ def test_bad_input(
 def short_run(base: Path, conversations: Path, output: Path, **options: Any) -> list[str]:
     """A run in this process, a checkpoint a step; what it says."""
     said: list[str] = []
-    draft = {name: options.pop(name) for name in ("mode", "fit_start", "eval_data_path") if name in options}
-    arguments = DraftArguments(
-        model_name_or_path=str(base), data_path=[str(conversations)], training_seq_len=64, **draft
-    )
+    own = ("mode", "fit_start", "eval_data_path", "eagle_config", "draft_vocab_cache", "training_seq_len")
+    draft = {"training_seq_len": 64} | {name: options.pop(name) for name in own if name in options}
+    arguments = DraftArguments(model_name_or_path=str(base), data_path=[str(conversations)], **draft)
     settings = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": []}
     train(arguments, TrainingArguments(output_dir=str(output), **{**settings, **options}), say=said.append)
     return said
@@ -150,13 +152,14 @@ def short_run(base: Path, conversations: Path, output: Path, **options: Any) -> 
 def test_a_run_goes_on_from_the_last_whole_checkpoint(base: Path, conversations: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = short_run(base, conversations, out)
-    assert len(said) == 1 and said[0].startswith("the draft starts as the least-squares solution of")
+    assert [line.split(" ")[0] for line in said] == ["data:", "the"]
+    assert said[1].startswith("the draft starts as the least-squares solution of")
     with WeightDirectory(out) as trained:
         expected = trained.fingerprint()
     # What a kill in the middle of a save leaves.
     (out / "checkpoint-2" / "trainer_state.json").unlink()
     (out / "checkpoint-2" / "model.safetensors").write_bytes(b"half")
-    assert short_run(base, conversations, out) == [f"goes on from {out / 'checkpoint-1'}"]
+    assert short_run(base, conversations, out) == [said[0], f"goes on from {out / 'checkpoint-1'}"]
     with WeightDirectory(out) as trained:
         assert trained.fingerprint() == expected
     with pytest.raises(CheckpointError, match="trains another draft than --mode and --eagle_config say"):
@@ -194,6 +197,116 @@ def test_a_model_that_cannot_be_loaded_is_told(base: Path, conversations: Path, 
     (damaged / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="transformers cannot load it .*give a model that is whole"):
         short_run(damaged, conversations, tmp_path / "out")
+
+
+def test_what_transformers_cannot_load_is_told(
+    run_script: Run, base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """A package that it needs for such weights is not there."""
+    packed = shutil.copytree(base, tmp_path / "packed")
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    (packed / "config.json").write_text(json.dumps(config))
+    words = ["--data_path", conversations, "--output_dir", tmp_path / "out", "--use_cpu", "True"]
+    done = run_script(SCRIPTS / "main.py", "--model_name_or_path", packed, *words)
+    assert done.code == 2 and "transformers cannot load it" in done.err and "compressed" in done.err
+
+
+@pytest.fixture(scope="module")
+def quantised(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `save_pretrained` writes of a quantised model with a draft."""
+    directory = tmp_path_factory.mktemp("quantised") / "model"
+    model = mcore_spec.convert(AutoModelForCausalLM.from_pretrained(base), "eagle")
+    mcore_spec.quantize(model, "int8_per_channel").save_pretrained(directory)
+    load_tokenizer(base).save_pretrained(directory)
+    return directory
+
+
+def test_commands_that_read_no_scales_of_it(
+    run: Run, run_script: Run, quantised: Path, conversations: Path, tmp_path: Path
+) -> None:
+    message = f"= {quantised} is a quantised model (mcore_spec_quantization in its config.json)"
+    save = tmp_path / "converted"
+    done = run(
+        *("convert", "--pretrained-model-path", quantised, "--save", save, "--export-algorithm", "eagle"),
+    )
+    assert done.code == 2 and f"pretrained_model_path {message}" in done.err and not save.exists()
+    done = run_script(SCRIPTS / "ar_validate.py", "--model_path", quantised)
+    assert done.code == 2 and f"base {message}" in done.err
+
+
+def test_conversations_without_anything_to_learn_are_told(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "conversations.jsonl"
+    turns = [
+        [{"role": "user", "content": "word " * count}, {"role": "assistant", "content": "Yes."}] for count in (1, 99)
+    ]
+    file.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
+    said = short_run(base, file, tmp_path / "out", max_steps=1)
+    assert "data: 1 conversations" in said[0] and "1 without a token of the model's left out" in said[0]
+    assert "0 truncated at --training_seq_len" in said[0]
+
+
+@pytest.mark.parametrize("with_scales", [True, False])
+def test_a_draft_goes_on(base: Path, quantised: Path, conversations: Path, tmp_path: Path, with_scales: bool) -> None:
+    """Where it was, on the model as it was saved: quantised or not, over a kill, and exported."""
+    start, out = quantised, tmp_path / "out"
+    if not with_scales:
+        start = tmp_path / "start"
+        short_run(base, conversations, start, max_steps=1)
+    said = short_run(start, conversations, out, learning_rate=1e-3)
+    assert said[0].startswith(f"goes on with the EAGLE-3 draft of {start}") and len(said) == 2
+    assert ("quantised" in said[0]) == with_scales
+    with WeightDirectory(start) as before, WeightDirectory(out) as after:
+        assert before.tensors.keys() == after.tensors.keys()
+        changed = {name for name in before.tensors if not torch.equal(before.read(name), after.read(name))}
+        expected = after.fingerprint()
+    assert changed and all(name.startswith("eagle_module.") for name in changed)
+    (out / "checkpoint-2" / "trainer_state.json").unlink()
+    assert short_run(start, conversations, out, learning_rate=1e-3)[-1] == f"goes on from {out / 'checkpoint-1'}"
+    with WeightDirectory(out) as again:
+        assert again.fingerprint() == expected
+    other = base if with_scales else quantised
+    with pytest.raises(CheckpointError, match="quantised in another way"):
+        short_run(other, conversations, out)
+
+
+def test_options_of_a_new_draft_where_there_is_one(quantised: Path, conversations: Path, tmp_path: Path) -> None:
+    (tmp_path / "eagle.json").write_text("{}")
+    for option, value in (
+        ("mode", "medusa"),
+        ("mode", "eagle1"),
+        ("eagle_config", str(tmp_path / "eagle.json")),
+        ("draft_vocab_cache", "d2t.pt"),
+        ("fit_start", 1),
+    ):
+        with pytest.raises(ConfigError, match=rf"--{option} {value}: .* has a draft already \(eagle3\)"):
+            short_run(quantised, conversations, tmp_path / "out", **{option: value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_in_the_other_form(run_script: Run, quantised: Path, tmp_path: Path) -> None:
+    words = ("--model_path", quantised, "--export_path", tmp_path / "export")
+    done = run_script(SCRIPTS / "export_hf_checkpoint.py", *words)
+    assert done.code == 2 and "compressed-tensors (quant_format from Python and in examples/hf)" in done.err
+    assert not (tmp_path / "export").exists()
+    done = run_script(SCRIPTS / "export_hf_checkpoint.py", *words, "--quant_format", "compressed-tensors")
+    assert done.code == 0, done.err
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--num_gpu", 0), "--num_gpu 0: give a whole number of at least 1"),
+        (("--num_gpu", "two"), "--num_gpu two: give a whole number"),
+        (("--num_epochs", -1), "--num_epochs -1: nothing would be learned"),
+        (("--num_epochs", "0.0"), "--num_epochs 0.0: nothing would be learned"),
+    ],
+)
+def test_launch_of_nothing(option: tuple[str, object], message: str) -> None:
+    done = start(["bash", SCRIPTS / "launch_train.sh", "--model", "m", "--output_dir", "o", "--data", "d", *option])
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}")
 
 
 def test_launch_without_its_flags() -> None:

@@ -17,6 +17,7 @@ from mcore_spec.losses.outcome import LossOutput
 from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.training.linear_start import fit_linear_start
 from mcore_spec.training.step import DraftStep
+from mcore_spec.weights.safetensors_io import WeightDirectory
 from tests.tiny import import_base
 
 
@@ -93,5 +94,6 @@ def hand_over(*, base: Path, source: Path, destination: Path) -> None:
         with torch.no_grad():
             for parameter in draft.parameters():
                 parameter.add_(1)
-        identity = BaseIdentity(source=str(base), fingerprint="tiny", hf_config=imported.raw_config)
+        fingerprint = WeightDirectory(base).fingerprint()
+        identity = BaseIdentity(source=str(base), fingerprint=fingerprint, hf_config=imported.raw_config)
         save(imported.model, destination, record=make_record(imported.model, identity))

@@ -17,6 +17,7 @@ from mcore_spec.config import (
     RopeConfig,
     check_supported,
     eagle_preset,
+    suggest,
 )
 from mcore_spec.errors import ConfigError, UnsupportedError
 from tests.tiny import base_architecture
@@ -58,6 +59,19 @@ def test_medusa_errors(values: dict[str, object], message: str) -> None:
         MedusaConfig.parse(values)
 
 
+def test_a_field_of_the_architecture_in_the_wrong_place() -> None:
+    message = "eagle_aux_hidden_state_layer_ids: unknown field; it belongs into eagle_architecture_config"
+    with pytest.raises(ConfigError, match=message):
+        EagleConfig.parse({"eagle_aux_hidden_state_layer_ids": [1, 2, 3]})
+
+
+def test_a_beginning_is_finished_before_a_spelling_is_corrected() -> None:
+    known = ["qwen3-32b", "qwen3-30b-a3b", "qwen3-235b-a22b"]
+    assert suggest("qwen3-235b", known) == "did you mean qwen3-235b-a22b?"
+    assert suggest("qwen3-33b", known) == "did you mean qwen3-32b?"
+    assert suggest("zzz", known, otherwise="none") == "none"
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -65,6 +79,7 @@ def test_medusa_errors(values: dict[str, object], message: str) -> None:
             {"num_hidden_layer": 2},
             "eagle_architecture_config.num_hidden_layer: unknown field; did you mean num_hidden_layers?",
         ),
+        ({"eagle_ttt_steps": 2}, "eagle_ttt_steps: unknown field; it belongs beside eagle_architecture_config"),
         ({"num_hidden_layers": 0}, "eagle_architecture_config.num_hidden_layers = 0: "),
         ({"hidden_act": "swish"}, "eagle_architecture_config.hidden_act = 'swish': "),
         ({"attention_dropout": 0.1}, "eagle_architecture_config.attention_dropout = 0.1: "),

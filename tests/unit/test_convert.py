@@ -32,6 +32,7 @@ from mcore_spec.drafts.mtp import MTPDraft
 from mcore_spec.errors import CheckpointError, ConfigError, McoreSpecError, UnsupportedError
 from mcore_spec.export.draft import export_draft
 from mcore_spec.parallel.layout import Layout, parallel_runtime
+from mcore_spec.quantization.calibrate import quantize
 from tests.one_file_algorithm import OneMapConfig, OneMapDraft, registered
 from tests.tiny import DRAFT_VOCAB_SIZE, base_architecture, draft_to_target
 
@@ -360,6 +361,13 @@ def test_a_model_is_converted_once(build: Callable[..., BaseGPTModel]) -> None:
         with pytest.raises(ConfigError, match=r"has a draft already \(medusa\); convert the base it was made from"):
             convert(model, mode)
     assert [name for name, _ in model.named_modules()] == names
+
+
+def test_a_quantised_model_takes_no_draft(build: Callable[..., BaseGPTModel]) -> None:
+    """Its recipe covers the draft, which would have no scales."""
+    model = quantize(build(), "int8_per_channel")
+    message = r"the model is quantised (int8_per_channel): convert the one that it was made from"
+    unchanged_after(model, lambda model: convert(model, "eagle"), ConfigError, message)
 
 
 def test_other_modules_are_refused() -> None:

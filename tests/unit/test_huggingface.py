@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -357,6 +357,11 @@ def bad_batches() -> dict[str, tuple[dict[str, Any], str]]:
             {"input_ids": padded, "labels": unlabelled},
             r"input_ids\[0\] ends in 3 times pad_token_id = 0.*attention_mask",
         ),
+        "right padding with labels": ({"input_ids": padded, "labels": padded}, r"input_ids\[0\] ends in 3 times pad_"),
+        "a token that is not there": (
+            {"input_ids": ids.clone().fill_(VOCAB_SIZE), "labels": ids.clone().fill_(VOCAB_SIZE)},
+            rf"input_ids\[0, 0\] = {VOCAB_SIZE}, and the model's vocabulary has {VOCAB_SIZE} tokens",
+        ),
         "labels that are shifted": ({"input_ids": ids, "labels": ids.roll(-1, 1)}, r"labels\[0, 0\].*not shifted"),
         "labels in padding": (
             {"input_ids": padded, "labels": padded, "attention_mask": (padded != 0).long()},
@@ -393,6 +398,32 @@ def test_bad_batches(model: Any, name: str) -> None:
     drafted(model).train()
     with pytest.raises(ConfigError, match=message):
         model(**batch)
+
+
+@pytest.mark.parametrize("are_labels", [True, False])
+def test_end_tokens_are_padding_where_the_model_names_no_other(model: Any, are_labels: bool) -> None:
+    """Repeated at the end; inside, and once at the end, they are the row's own."""
+    model.config.pad_token_id, model.config.eos_token_id = None, [2, 1]
+    drafted(model).train()
+    ids = tokens()
+    ids[0, 3:5] = ids[0, 11] = ids[1, 10] = 2
+    ids[1, 11] = 1
+    assert float(model(input_ids=ids, labels=ids).loss.detach()) > 0
+    ids[1, 9:] = 2
+    labels = ids.clone()
+    if not are_labels:
+        labels[1, 9:] = IGNORED
+    with pytest.raises(ConfigError, match=r"input_ids\[1\] ends in 3 times eos_token_id = 2.*attention_mask"):
+        model(input_ids=ids, labels=labels)
+
+
+def test_a_last_token_that_is_learned_may_be_the_padding_token(model: Any) -> None:
+    """Vocabularies are there whose token 0 is a word, and configurations that name it for padding."""
+    model.config.pad_token_id = 0
+    drafted(model).train()
+    ids = tokens()
+    ids[:, -1] = 0
+    assert float(model(input_ids=ids, labels=ids).loss.detach()) > 0
 
 
 def test_a_single_end_token_is_no_padding(model: Any) -> None:
@@ -499,6 +530,54 @@ def test_restore_onto_another_base_is_refused(model: Any, tmp_path: Path) -> Non
         mcore_spec.restore(AutoModelForCausalLM.from_pretrained(other), tmp_path / "draft")
     with pytest.raises(CheckpointError, match="no directory"):
         mcore_spec.restore(model, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("form", ["saved", "exported", "beside its base"])
+def test_restore_onto_a_base_of_equal_sizes_is_asked_for(model: Any, form: str, tmp_path: Path, base_dir: Path) -> None:
+    """Another family, or other weights; in another dtype they cannot be told apart."""
+    drafted(model)
+    if form == "saved":
+        mcore_spec.save(model, tmp_path / "draft")
+    elif form == "exported":
+        mcore_spec.export_speculative_decoding(model, export_dir=tmp_path / "draft")
+    else:
+        model.save_pretrained(tmp_path / "draft")
+    family = write_hf_model(tmp_path / "qwen3", "qwen3", tied=False, dtype=torch.float32)
+    tuned = AutoModelForCausalLM.from_pretrained(base_dir)
+    with torch.no_grad():
+        tuned.model.layers[3].mlp.up_proj.weight[0] += 1
+    others = [
+        (AutoModelForCausalLM.from_pretrained(family), "a base with family = llama .*, this one has qwen3"),
+        (tuned, "a base with other weights"),
+    ]
+    for other, message in others:
+        with pytest.raises(CheckpointError, match=f"{message}.*or allow_other_base = True"):
+            mcore_spec.restore(other, tmp_path / "draft")
+        assert conversion_of(other) is None
+        mcore_spec.restore(other, tmp_path / "draft", allow_other_base=True)
+        assert same(draft_state(other), draft_state(model))
+    half = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.bfloat16)
+    mcore_spec.restore(half, tmp_path / "draft")
+    assert half.eagle_module.fc.weight.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_a_tied_head_may_be_among_the_files(with_head: bool, tmp_path: Path) -> None:
+    """Some hubs' files have it, transformers' do not."""
+    base = write_hf_model(tmp_path / "base", "llama", tied=True, dtype=torch.float32)
+    model = drafted(AutoModelForCausalLM.from_pretrained(base))
+    mcore_spec.save(model, tmp_path / "draft")
+    if with_head:
+        tensors = load_file(base / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        file = tmp_path / "draft" / "mcore_spec_export.json"
+        record = json.loads(file.read_text())
+        record["identity"]["fingerprint"] = WeightDirectory(base).fingerprint()
+        file.write_text(json.dumps(record))
+    fresh = AutoModelForCausalLM.from_pretrained(base)
+    mcore_spec.restore(fresh, tmp_path / "draft")
+    assert same(draft_state(fresh), draft_state(model))
 
 
 def test_the_export_says_what_it_was_made_for(model: Any, tmp_path: Path, base_dir: Path) -> None:

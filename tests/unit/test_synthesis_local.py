@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -160,6 +162,26 @@ def test_a_run_that_is_stopped_does_not_wait_for_its_answers(model_dir: Path, mo
     monkeypatch.setattr(given, "_answer", wait)
     asyncio.run(interrupt())
     assert heard == [True]
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            "modelopt",
+            r"transformers does not apply \(quant_method = 'modelopt'\); give the model that it was made from",
+        ),
+        ("compressed-tensors", "holds no language model that can be read .*compressed.tensors"),
+    ],
+)
+def test_weights_whose_scales_nobody_applies(model_dir: Path, tmp_path: Path, method: str, message: str) -> None:
+    """transformers would answer with numbers that are not scaled; or lacks the package that scales them."""
+    directory = shutil.copytree(model_dir, tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
+        answerer(directory)
 
 
 def test_directories_that_hold_no_model(model_dir: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mcore_spec
-from mcore_spec import CheckpointError
+from mcore_spec import CheckpointError, ConfigError
 from mcore_spec.config import eagle_preset
 from mcore_spec.quantization.installed import CHILD, quantization_of
 from tests.tiny import VOCAB_SIZE, write_hf_model
@@ -59,6 +59,32 @@ def test_scales_come_back(recipe: str, with_draft: bool, base_dir: Path, tmp_pat
         if with_draft:
             losses = [each(input_ids=token_ids(), labels=token_ids()).loss for each in (model, loaded)]
             torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("state", ["quantised", "loaded", "loaded without its scales"])
+def test_a_quantised_base_takes_no_draft(state: str, base_dir: Path, tmp_path: Path) -> None:
+    """Neither a new one nor one from files: the recipe covers it, and it would have no scales."""
+    mcore_spec.save(mcore_spec.convert(AutoModelForCausalLM.from_pretrained(base_dir), "eagle"), tmp_path / "draft")
+    model = quantised(base_dir, "int8_per_channel", with_draft=False)
+    if state != "quantised":
+        model.save_pretrained(tmp_path / "base")
+        if state == "loaded":
+            mcore_spec.enable_huggingface_checkpointing()
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before = [name for name, _ in model.named_modules()]
+    message = "the model is quantised .*convert the one that it was made from, and quantise base and draft together"
+    with pytest.raises(ConfigError, match=message):
+        mcore_spec.convert(model, "eagle")
+    with pytest.raises(ConfigError, match=message):
+        mcore_spec.restore(model, tmp_path / "draft")
+    assert [name for name, _ in model.named_modules()] == before and "mcore_spec" not in vars(model.config)
+
+
+def test_the_draft_of_a_quantised_model_is_not_taken_alone(base_dir: Path, tmp_path: Path) -> None:
+    quantised(base_dir, "int8_per_channel", with_draft=True).save_pretrained(tmp_path / "saved")
+    plain = AutoModelForCausalLM.from_pretrained(base_dir)
+    with pytest.raises(CheckpointError, match=r"holds a quantised model \(int8_per_channel\).*load it whole"):
+        mcore_spec.restore(plain, tmp_path / "saved")
 
 
 def test_damaged_directories(base_dir: Path, tmp_path: Path) -> None:
