@@ -92,7 +92,10 @@ def fitted_recurrent(*, layout: Layout, directory: Path, member: EagleAlgorithm)
 
 
 def staged(*, directory: Path, architecture: dict[str, Any]) -> dict[str, Any]:
-    """The draft's weights behind each part of the start, and the loss with other sizes of the last norm."""
+    """The draft's weights behind each part of the start, and the loss with other sizes of the last norm.
+
+    The size is fitted with four times the head, where what is known little is said much too loudly.
+    """
     with parallel_runtime(Layout()):
         model = converted(directory, Layout(), Case(architecture))
         step = DraftStep(model)
@@ -100,7 +103,13 @@ def staged(*, directory: Path, architecture: dict[str, Any]) -> dict[str, Any]:
         solver = add_batches(model, step, given)
         assert solver is not None and step.draft is not None
         weights = []
-        for part in (lambda: solver.solve_map(seed=SEED), solver.solve_mlp, solver.fit_size):
+
+        def fit_size_of_large_logits() -> None:
+            with torch.no_grad():
+                step.base.head_weight().mul_(4)
+            solver.fit_size()
+
+        for part in (lambda: solver.solve_map(seed=SEED), solver.solve_mlp, fit_size_of_large_logits):
             part()
             weights.append({name: value.clone() for name, value in step.draft.state_dict().items()})
         norm = step.draft.get_parameter("norm.weight")
