@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # How a draft was attached.
 CONFIG_KEY = "mcore_spec"
+# In it: the mean size of the features behind a start from data, which a run that goes on divides a rate by.
+FEATURE_SIZE = "feature_size"
 # By which recipe base and draft were quantised; the scales are among the weights.
 QUANTIZATION_KEY = "mcore_spec_quantization"
 FORMAT_VERSION = 1
