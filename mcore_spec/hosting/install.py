@@ -31,7 +31,7 @@ def install(base: TransformersBase, algorithm: str, config: StrictConfig, make_t
     known = vars(model.config).get(CONFIG_KEY)
     # A model that is being loaded has its record, with the name of the base that it was made from.
     source = known["base"] if known else model.config.name_or_path
-    setattr(model.config, CONFIG_KEY, {**record, "base": source})
+    setattr(model.config, CONFIG_KEY, {**(known or {}), **record, "base": source})
 
 
 def record_quantization(base: TransformersBase, record: QuantizationRecord | None) -> None:

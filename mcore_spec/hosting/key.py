@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # How a draft was attached.
 CONFIG_KEY = "mcore_spec"
+# In it: factors of the learning rate by matrix behind a start from data, which a run that goes on needs.
+RATES = "rates"
 # By which recipe base and draft were quantised; the scales are among the weights.
 QUANTIZATION_KEY = "mcore_spec_quantization"
 FORMAT_VERSION = 1

@@ -21,7 +21,7 @@ from mcore_spec.data.hidden_states.fit import check_tokenizer_of, open_states
 from mcore_spec.data.store import TokenStore, build_token_store
 from mcore_spec.drafts.vocab_map import load_draft_to_target
 from mcore_spec.errors import CheckpointError, ConfigError
-from mcore_spec.hosting.key import CONFIG_KEY, QUANTIZATION_KEY
+from mcore_spec.hosting.key import CONFIG_KEY, QUANTIZATION_KEY, RATES
 from mcore_spec.huggingface.arguments import DEFAULT_MODE, DraftArguments
 from mcore_spec.huggingface.checkpointing import load_model
 from mcore_spec.huggingface.data import ConversationDataset, DraftCollator
@@ -92,7 +92,7 @@ def run(arguments: DraftArguments, training: TrainingArguments, *, say: Callable
         if start is not None:
             say(f"the draft starts as the least-squares solution of {start.num_rows:,} rows (--fit_start)")
     else:
-        _check_same_draft(checkpoint, model)
+        _go_on_from(checkpoint, model)
         say(f"goes on from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_state()
@@ -166,8 +166,10 @@ def _newest_checkpoint(output: Path) -> Path | None:
     return whole[max(whole)] if whole else None
 
 
-def _check_same_draft(checkpoint: Path, model: PreTrainedModel) -> None:
-    """Refuse to go on with another draft: Trainer would leave out tensors of other names without an error.
+def _go_on_from(checkpoint: Path, model: PreTrainedModel) -> None:
+    """Take over what the configuration there says of the run's start.
+
+    Another draft is refused: Trainer would leave out tensors of other names without an error.
 
     Raises:
         CheckpointError: another algorithm or configuration.
@@ -180,6 +182,8 @@ def _check_same_draft(checkpoint: Path, model: PreTrainedModel) -> None:
         raise CheckpointError(
             f"{checkpoint} is of a run that trains another draft than --mode and --eagle_config say; {remedy}"
         )
+    if RATES in recorded:
+        own[RATES] = recorded[RATES]
     if written.get(QUANTIZATION_KEY) != vars(model.config).get(QUANTIZATION_KEY):
         raise CheckpointError(
             f"{checkpoint} is of a run whose model is quantised in another way than --model_name_or_path, or one of "

@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from mcore_spec.bases.transformers import TransformersBase
 from mcore_spec.errors import ConfigError, UnsupportedError
+from mcore_spec.hosting.key import CONFIG_KEY, RATES
 from mcore_spec.huggingface.linear_start import LinearStart, fit_start
 
 
@@ -23,7 +24,6 @@ class DraftTrainer(Trainer):
 
     _sums: Tensor | None = None
     _num_batches = 0
-    _start: LinearStart | None = None
 
     def fit_start(self, num_batches: int | None = None) -> LinearStart | None:
         """Start the draft from the first batches of the run, see `mcore_spec.fit_start`; before `train`, on every rank.
@@ -58,19 +58,22 @@ class DraftTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):
             try:
                 batches = islice(loader, limit)
-                self._start = fit_start(model, batches, num_batches=wanted, seed=self.args.seed)
+                start = fit_start(model, batches, num_batches=wanted, seed=self.args.seed)
             finally:
                 # accelerate takes a loader that was left early for the one that the run is in.
                 loader.end()
-        return self._start
+        if start is not None:
+            vars(model.config)[CONFIG_KEY][RATES] = start.rates
+        return start
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's, with the groups described above, also without a start: a resumed run has the same groups."""
         is_made = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        draft = None if is_made else TransformersBase(self.accelerator.unwrap_model(self.model)).draft()
-        rates = {} if self._start is None else self._start.rates
+        whole: Any = self.accelerator.unwrap_model(self.model)
+        draft = None if is_made else TransformersBase(whole).draft()
         named = [] if draft is None else [(name, p) for name, p in draft.named_parameters() if p.dim() > 1]
+        rates = vars(whole.config)[CONFIG_KEY].get(RATES, {}) if named else {}
         factors = {id(matrix): rates.get(name, 1.0) for name, matrix in named}
         for group in list(optimizer.param_groups):
             matrices = [parameter for parameter in group["params"] if id(parameter) in factors]

@@ -159,7 +159,9 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint(base: Path, conversations:
     # What a kill in the middle of a save leaves.
     (out / "checkpoint-2" / "trainer_state.json").unlink()
     (out / "checkpoint-2" / "model.safetensors").write_bytes(b"half")
+    config = (out / "config.json").read_text()
     assert short_run(base, conversations, out) == [said[0], f"goes on from {out / 'checkpoint-1'}"]
+    assert (out / "config.json").read_text() == config
     with WeightDirectory(out) as trained:
         assert trained.fingerprint() == expected
     with pytest.raises(CheckpointError, match="trains another draft than --mode and --eagle_config say"):
@@ -261,6 +263,12 @@ def test_a_draft_goes_on(base: Path, quantised: Path, conversations: Path, tmp_p
         changed = {name for name in before.tensors if not torch.equal(before.read(name), after.read(name))}
         expected = after.fingerprint()
     assert changed and all(name.startswith("eagle_module.") for name in changed)
+    if not with_scales:
+        # Behind a start from data matrices keep their rates.
+        rates = json.loads((start / "config.json").read_text())["mcore_spec"]["rates"]
+        optimizer = torch.load(out / "checkpoint-1" / "optimizer.pt", weights_only=True)
+        found = [group["initial_lr"] for group in optimizer["param_groups"]]
+        assert sorted(found) == pytest.approx(sorted([1e-3, *(1e-3 * rate for rate in rates.values())]))
     (out / "checkpoint-2" / "trainer_state.json").unlink()
     assert short_run(start, conversations, out, learning_rate=1e-3)[-1] == f"goes on from {out / 'checkpoint-1'}"
     with WeightDirectory(out) as again:
