@@ -183,7 +183,7 @@ def convert(
     seed: int = 1234,
     draft_init: DraftInit = "auto",
 ) -> nn.Module:
-    """Attach a draft to `model`, in place, and freeze the base.
+    """Attach a draft to `model`, in place, and freeze the base unless the draft's configuration trains it too.
 
     The draft becomes ``model.eagle_module`` or ``model.medusa_heads``, on the last pipeline stage. Every rank of
     the model must call.
@@ -231,18 +231,12 @@ def attach(base: MegatronBase | TransformersBase, algorithm: str, config: Strict
 
     Raises:
         ConfigError: the model has a draft already, or is quantised.
-        UnsupportedError: a transformers model that is to be trained with its draft.
     """
     existing = conversion_of(base.model)
     if existing is not None:
         raise ConfigError(f"the model has a draft already ({existing.algorithm}); convert the base it was made from")
     _check_not_quantized(base)
     record = find_algorithm(algorithm)
-    if not isinstance(base, MegatronBase) and not record.freezes_base(config):
-        raise UnsupportedError(
-            f"{algorithm} with a base that is trained too, on a transformers model: its base stays frozen here; train "
-            "on a GPTModel, or keep it frozen (eagle_freeze_base_model = true)"
-        )
     place = Placement(tp=base.tp, device=torch.device("meta"))
     if base.is_last_stage:
         place = Placement(tp=base.tp, dtype=base.head_weight().dtype, device=base.head_weight().device)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mcore_spec.bases.megatron_build import BaseGPTModel, build_gpt_model
-from mcore_spec.config import BaseArchitecture
+from mcore_spec.config import BaseArchitecture, EagleAlgorithm, eagle_preset
+from mcore_spec.conversion import Mode
 from mcore_spec.parallel.layout import Layout
 from mcore_spec.parallel.sharding import Shard, sharded_tensors, whole_shape
 from mcore_spec.parallel.tensor_parallel import TensorParallel
@@ -131,6 +132,11 @@ def write_hf_model(
             parameter.copy_(drawn(f"base/{name}", tuple(parameter.shape)))
     model.save_pretrained(directory)
     return directory
+
+
+def joint_mode(member: EagleAlgorithm, **options: Any) -> Mode:
+    """Of a draft whose base is trained too."""
+    return [("eagle", {**eagle_preset(member)["config"], "eagle_freeze_base_model": False, **options})]
 
 
 class ImportedBase(NamedTuple):

@@ -1,8 +1,8 @@
 """A transformers causal language model as the base of a draft: its features, its embedding and its head.
 
-The base is frozen and runs forward only, without autograd. Its decoder is the model's own; its attention is ours for
-the time of a `features` call, so that documents of a batch lie behind each other in one row without padding, do not
-see each other, and may be cut over context-parallel ranks.
+A frozen base runs forward only, without autograd; one that is trained too by `run_stage`. Its decoder is the model's
+own; its attention is ours for the time of such a call, so that documents of a batch lie behind each other in one row
+without padding, do not see each other, and may be cut over context-parallel ranks.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mcore_spec.bases.features import Features
-from mcore_spec.bases.packed_attention import Window, packed_attention
 from mcore_spec.bases.transformers_config import describe_hf
+from mcore_spec.bases.transformers_run import packed_rows, register_packed_attention
 from mcore_spec.config import BaseArchitecture
 from mcore_spec.config.base import HF_FAMILIES
 from mcore_spec.drafts.draft import Draft
@@ -32,8 +32,6 @@ from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.layout import is_rank_zero
 from mcore_spec.parallel.tensor_parallel import TensorParallel
 
-# Under this name transformers finds our attention, while a base's features are computed.
-_ATTENTION = "mcore_spec_packed"
 _REMEDY = "drafts are attached to decoder-only language models (AutoModelForCausalLM)"
 
 
@@ -58,7 +56,7 @@ class TransformersBase:
         self.layers = _find_layers(self.decoder, model, num_layers=self.architecture.num_layers)
         self.final_norm = _find_final_norm(self.decoder, model, hidden_size=self.architecture.hidden_size)
         self.rotary = RotaryEmbedding(self.architecture.rope, self.architecture.head_dim)
-        AttentionInterface.register(_ATTENTION, _packed_attention)
+        register_packed_attention()
 
     @property
     def is_last_stage(self) -> bool:
@@ -193,13 +191,22 @@ class TransformersBase:
         Returns:
             The features of this rank's rows.
         """
+        return self.run_stage(token_ids, aux_layer_ids=aux_layer_ids, documents=documents)
+
+    def run_stage(
+        self, token_ids: Tensor, *, aux_layer_ids: Sequence[int] = (), documents: Documents | None = None
+    ) -> Features:
+        """`features`, differentiable where autograd is on; without dropout in any case, as on a `GPTModel`.
+
+        Layers that transformers was told to checkpoint are computed again in backward.
+        """
         assert token_ids.shape[0] == 1, "documents lie in one packed row"
         documents = Documents((0, token_ids.shape[1])) if documents is None else documents
         token_ids = token_ids.to(self._entrance)
         positions = documents.local_rows(token_ids.device).positions
         with ExitStack() as stack:
-            stack.enter_context(_without_dropout(self.decoder))
-            stack.enter_context(_with_packed_attention(self.decoder))
+            is_checkpointed = self.model.training and torch.is_grad_enabled()
+            stack.enter_context(packed_rows(self.decoder, is_checkpointed=is_checkpointed))
             if self.rotary.has_two_tables:
                 stack.enter_context(self._with_table_of_each_document(documents))
             read = [self.layers[layer] for layer in sorted(set(aux_layer_ids))]
@@ -309,46 +316,3 @@ def _whole_parameters(module: nn.Module) -> dict[str, Tensor]:
                 own = dict(each.named_parameters(prefix, recurse=False))
         found |= {name: parameter.detach() for name, parameter in own.items()}
     return found
-
-
-@contextmanager
-def _without_dropout(decoder: nn.Module) -> Iterator[None]:
-    """A teacher has no dropout, and nothing to compute again in backward."""
-    trained = [module for module in decoder.modules() if module.training]
-    for module in trained:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True
-
-
-@contextmanager
-def _with_packed_attention(decoder: nn.Module) -> Iterator[None]:
-    config: Any = decoder.config
-    before = config._attn_implementation
-    config._attn_implementation = _ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-def _packed_attention(
-    _module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    _mask: object,
-    *,
-    packed_documents: Documents,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_unused: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: [1, heads, rows, d] -> [1, rows, heads, d], and no weights."""
-    # Under autocast rotated queries and keys are wider than values.
-    query, key, value = (x.permute(2, 0, 1, 3).to(value.dtype) for x in (query, key, value))
-    mixed = packed_attention(query, key, value, packed_documents, Window(sliding_window, scaling))
-    return mixed.transpose(0, 1), None

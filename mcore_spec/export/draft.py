@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +22,11 @@ from mcore_spec.export.card import model_card
 from mcore_spec.export.directory import atomic_directory
 from mcore_spec.export.plan import FORMATS_WITH_BASE, ExportFormat, ExportPlan, PlannedTensors, exported_record
 from mcore_spec.export.quantized import DEFAULT_FORM, UNQUANTIZED, QuantizedExport, check_form, quantized_draft
-from mcore_spec.parallel.layout import run_on_every_rank
+from mcore_spec.parallel.layout import run_on_every_rank, run_on_rank_zero
 from mcore_spec.weights.safetensors_io import BESIDE_BASE_NAME, TensorSpec, write_tensors
+
+# Where the base that was trained with a draft lies in the directory of that draft.
+TRAINED_BASE_NAME = "base"
 
 
 def export_draft(
@@ -32,6 +37,7 @@ def export_draft(
     export_format: ExportFormat = "hf",
     overwrite: bool = False,
     quant_format: QuantFormat | None = None,
+    write_base: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the draft of `model` as a directory for inference engines; all ranks take part.
 
@@ -42,6 +48,7 @@ def export_draft(
         export_format: engines' Hugging Face form, or `speculators`'.
         overwrite: replace an earlier export.
         quant_format: whose form the scales of a quantised draft have; ``None``: ModelOpt's.
+        write_base: writes the base that was trained with the draft, on the first rank, into ``base/`` below.
 
     Raises:
         ConfigError: a model without a draft, a format that holds the base too, a directory that is in the way, or a
@@ -55,15 +62,27 @@ def export_draft(
         )
     record = exported_record(record)
     planned = plan_draft(model, record, export_format, quant_format=quant_format)
-    write_planned(model, record, planned, directory, overwrite=overwrite)
+    if planned is not None and write_base is not None:
+        remark = f"The base that was trained with this draft is in `{TRAINED_BASE_NAME}/` of this directory."
+        planned = planned._replace(plan=replace(planned.plan, remarks=(*planned.plan.remarks, remark)))
+    write_planned(model, record, planned, directory, overwrite=overwrite, write_base=write_base)
 
 
 def write_planned(
-    model: nn.Module, record: CheckpointRecord, planned: PlannedDraft | None, directory: Path | str, *, overwrite: bool
+    model: nn.Module,
+    record: CheckpointRecord,
+    planned: PlannedDraft | None,
+    directory: Path | str,
+    *,
+    overwrite: bool,
+    write_base: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a planned draft whole or not at all; all ranks take part."""
+    """Write a planned draft whole or not at all; all ranks take part. `write_base` as of `export_draft`."""
     with atomic_directory(Path(directory), record=record, overwrite=overwrite) as partial:
         write_draft(model, record, planned, partial)
+        if write_base is not None:
+            write = write_base
+            run_on_rank_zero(lambda: write(partial / TRAINED_BASE_NAME))
 
 
 class PlannedDraft(NamedTuple):

@@ -19,6 +19,7 @@ from mcore_spec.data.batch import Batch, make_batch
 from mcore_spec.data.noise import draw_noise_key
 from mcore_spec.data.seeds import RandomUse, random_state
 from mcore_spec.errors import ConfigError, UnsupportedError
+from mcore_spec.hosting.key import QUANTIZATION_KEY
 from mcore_spec.hosting.rows import TokenBatch, TokenRows, join_shards, read_rows
 from mcore_spec.objectives.objective import Task
 from mcore_spec.parallel.collectives import Group, group_size
@@ -33,6 +34,8 @@ _TOKENS = ("input_ids", "labels", "attention_mask", "position_ids")
 _SAID_BY_POSITIONS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 _READ = frozenset({*_TOKENS, *_WITHOUT_EFFECT, LAST_STATES, AUX_STATES})
 _SEED_BITS = 62
+# How errors name a base that is trained with its draft.
+TRAINS_BASE = "eagle_freeze_base_model = false"
 
 
 class BaseRun(NamedTuple):
@@ -64,9 +67,11 @@ def run_base(base: TransformersBase, task: Task, call: Mapping[str, Any], *, gro
 
     Raises:
         ConfigError: a batch that is not understood, or a vocabulary that changed.
-        UnsupportedError: given states in a layout that follows the base's layers.
+        UnsupportedError: given states in a layout that follows the base's layers, or a base that cannot be trained too.
     """
     base.check_vocabulary()
+    if task.trains_base:
+        _check_trained_base(base, call, group)
     tokens = _token_batch(call)
     rows = _rows(base, join_shards(tokens, group))
     packed = _pack(base, rows, task, group).to(base.device)
@@ -75,11 +80,36 @@ def run_base(base: TransformersBase, task: Task, call: Mapping[str, Any], *, gro
     if states:
         features = _stored(base, states, rows, tokens, task, group)
     else:
-        features = base.features(packed.token_ids[None], aux_layer_ids=task.aux_layer_ids, documents=documents)
+        with torch.set_grad_enabled(task.trains_base and torch.is_grad_enabled()):
+            features = base.run_stage(packed.token_ids[None], aux_layer_ids=task.aux_layer_ids, documents=documents)
     # The draft computes in the dtype of its weights; autocast, where it is on, is the base's.
     dtype = base.head_weight().dtype
     aux = None if features.aux is None else features.aux.to(dtype)
     return BaseRun(tokens, rows, packed, documents, Features(aux=aux, last=features.last.to(dtype)))
+
+
+def _check_trained_base(base: TransformersBase, call: Mapping[str, Any], group: Group) -> None:
+    """Refuse what the training of a base is not built for.
+
+    Raises:
+        ConfigError: hidden states in its place.
+        UnsupportedError: a layout that cuts it, or a quantised one.
+    """
+    given = [name for name in (LAST_STATES, AUX_STATES) if call.get(name) is not None]
+    if given:
+        raise ConfigError(
+            f"{given[0]} given with {TRAINS_BASE}: the base would have to run where it trains; train on tokens alone"
+        )
+    if group_size(group) > 1 or isinstance(base.model, FSDPModule):
+        raise UnsupportedError(
+            f"{TRAINS_BASE} under FSDP or context parallelism; train with plain data parallelism, or on a GPTModel "
+            "(mcore-spec finetune)"
+        )
+    if vars(base.model.config).get(QUANTIZATION_KEY) is not None:
+        raise UnsupportedError(
+            f"{TRAINS_BASE} on a quantised {type(base.model).__name__}, whose scales are those of weights that change; "
+            "train first, and quantise then"
+        )
 
 
 def _rows(base: TransformersBase, batch: TokenBatch) -> TokenRows:

@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from mcore_spec.bases.transformers import TransformersBase
+from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import ConfigError
-from mcore_spec.hosting.base_run import AUX_STATES, LAST_STATES, run_base
+from mcore_spec.hosting.base_run import AUX_STATES, LAST_STATES, BaseRun, run_base
 from mcore_spec.hosting.context import context_group
 from mcore_spec.hosting.rows import TokenBatch, TokenRows
 from mcore_spec.losses.outcome import LossOutput
+from mcore_spec.objectives.language_model import outcome_of
 from mcore_spec.objectives.objective import Task
 from mcore_spec.parallel.collectives import Group, group_size
 
@@ -37,7 +39,8 @@ class DraftedOutput(ModelOutput):
     """What the forward with labels returns.
 
     Attributes:
-        loss: the draft's, a scalar that carries the gradient.
+        loss: the draft's, a scalar that carries the gradient; of a base that is trained too also its own: sums over
+            rows and over labels, by one divisor.
         accuracy: share of the counted rows whose draft token is the base's, by step or head, [K].
         acceptance_length: simulated: 1 + the mean number of draft tokens accepted in a row, a scalar.
         lm_loss: the base's own mean loss on the labels, all but those of first tokens, which nothing predicts.
@@ -91,10 +94,11 @@ class DraftedForward:
     def __call__(self, *args: Any, **options: Any) -> Any:
         """The original's arguments.
 
-        With `labels`, in training and in evaluation, the draft's loss on them. `num_items_in_batch` is what the sum
-        over rows is divided by, on every rank; `shift_labels`, which a collator may add, is there for Trainer to
-        count in. With `last_hidden_states` [b, s, h], behind the final norm, and for drafts that read aux layers
-        `aux_hidden_states` [b, s, n h], joined in layer order, the base's layers do not run.
+        With `labels`, in training and in evaluation, the draft's loss on them, and the base's own where it is trained
+        too. `num_items_in_batch` is what the sum over rows is divided by, on every rank; `shift_labels`, which a
+        collator may add, is there for Trainer to count in. With `last_hidden_states` [b, s, h], behind the final norm,
+        and for drafts that read aux layers `aux_hidden_states` [b, s, n h], joined in layer order, the layers of the
+        base do not run, which has to be frozen.
 
         Returns:
             A `DraftedOutput` with labels (a tuple of what is set where ``return_dict=False``), and what the original
@@ -123,10 +127,8 @@ class DraftedForward:
         task, draft = self.make_task(), self.base.draft()
         assert draft is not None, "the forward is installed with the draft"
         run = run_base(self.base, task, call, group=group)
-        recompute = self.base.model.is_activation_checkpointing and torch.is_grad_enabled()
         with torch.autocast(run.features.last.device.type, enabled=False):
-            objective = task.make_objective(self.base, draft, recompute=recompute, judges_base=True)
-            outcome = objective(run.packed, run.documents, run.features)
+            outcome = self._outcome(task, draft, run)
         judged = _judge(outcome, group)
         counted = judged.rows.clamp(min=1)
         # A rank's loss is its share times the ranks: gradients, and Trainer's report, are means over them.
@@ -140,6 +142,13 @@ class DraftedForward:
         if not self.base.model.training and group_size(group) == 1:
             output.logits = self._logits(run.features.last[:, 0], run.rows, run.tokens)
         return output
+
+    def _outcome(self, task: Task, draft: Draft, run: BaseRun) -> LossOutput:
+        """The draft's loss and the base's own, which is part of it where the base is trained too."""
+        recompute = self.base.model.is_activation_checkpointing and torch.is_grad_enabled()
+        # What is made from the base's weights is made here, from those of now.
+        objective = task.make_objective(self.base, draft, recompute=recompute, judges_base=not task.trains_base)
+        return outcome_of(task, objective, self.base, run.packed, run.documents, run.features)
 
     @torch.no_grad()
     def _logits(self, last: Tensor, rows: TokenRows, batch: TokenBatch) -> Tensor:

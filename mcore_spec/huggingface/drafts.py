@@ -4,6 +4,7 @@ library.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -14,13 +15,13 @@ from mcore_spec.checkpoint import store
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.checkpoint.store import Checkpoint
 from mcore_spec.config.quantization import QuantFormat
-from mcore_spec.conversion import as_base
+from mcore_spec.conversion import as_base, conversion_of
 from mcore_spec.errors import CheckpointError, ConfigError, UnsupportedError
 from mcore_spec.export.draft import PlannedDraft, export_draft, write_planned
 from mcore_spec.export.modules import plan_modules
 from mcore_spec.export.plan import ExportFormat
 from mcore_spec.export.reader import Exported, attach_read, read_exported
-from mcore_spec.huggingface.record import describe_drafted, fingerprints
+from mcore_spec.huggingface.record import describe_drafted, fingerprints, trains_base, write_bare_base
 
 
 def save(
@@ -127,6 +128,9 @@ def export_speculative_decoding(
 ) -> None:
     """Write the draft of `model` as a directory for inference engines; all ranks take part.
 
+    The base of a transformers model that is trained with its draft is written too, into ``base/`` below, without a
+    tokenizer; that of a `GPTModel` ``mcore-spec export`` writes.
+
     Args:
         model: with a draft; a transformers model, or this rank's part of a `GPTModel`.
         export_dir: where to write.
@@ -139,7 +143,16 @@ def export_speculative_decoding(
         ConfigError: no draft, a sharded model, or a directory that is in the way.
         UnsupportedError: a draft that would not serve.
     """
-    described = describe_drafted(model, record)
+    described, base, conversion = describe_drafted(model, record), as_base(model), conversion_of(model)
+    write_base = None
+    if not isinstance(base, MegatronBase) and conversion is not None and trains_base(conversion):
+        write_base = partial(write_bare_base, base)
     export_draft(
-        model, described, export_dir, export_format=export_format, overwrite=overwrite, quant_format=quant_format
+        model,
+        described,
+        export_dir,
+        export_format=export_format,
+        overwrite=overwrite,
+        quant_format=quant_format,
+        write_base=write_base,
     )

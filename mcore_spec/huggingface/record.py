@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.bases.transformers import TransformersBase
 from mcore_spec.checkpoint.record import CheckpointRecord, ConversionRecord
 from mcore_spec.config import BaseIdentity
-from mcore_spec.conversion import as_base, conversion_of
+from mcore_spec.conversion import Conversion, as_base, conversion_of, find_algorithm
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.errors import ConfigError
+from mcore_spec.export.plan import TRAINED_BASE
 from mcore_spec.hosting.key import CONFIG_KEY, QUANTIZATION_KEY
 from mcore_spec.quantization.installed import Quantization, quantization_of
 from mcore_spec.weights.safetensors_io import fingerprint_of
@@ -49,15 +51,37 @@ def describe_drafted(model: nn.Module, given: CheckpointRecord | None) -> Checkp
         )
     return CheckpointRecord(
         base=base.architecture,
-        identity=_identity(base),
+        identity=_identity(base, is_trained=trains_base(conversion)),
         conversion=ConversionRecord(algorithm=conversion.algorithm, config=conversion.config.model_dump(mode="json")),
         packages={name: metadata.version(name) for name in _RECORDED_PACKAGES},
         quantization=quantization and quantization.record,
     )
 
 
-def _identity(base: TransformersBase) -> BaseIdentity:
-    """Which base it is, by the files that transformers would write.
+def trains_base(conversion: Conversion) -> bool:
+    """Whether the base is trained with this draft, so that it is another one than the draft was made for."""
+    return not find_algorithm(conversion.algorithm).freezes_base(conversion.config)
+
+
+def write_bare_base(base: TransformersBase, directory: Path) -> None:
+    """The base as ``save_pretrained`` writes one without a draft."""
+    known = vars(base.model.config)
+    record = {name: known.pop(name) for name in (CONFIG_KEY, QUANTIZATION_KEY) if name in known}
+    try:
+        base.model.save_pretrained(directory, state_dict=_own_weights(base))
+    finally:
+        known.update(record)
+
+
+def _own_weights(base: TransformersBase) -> dict[str, Tensor]:
+    """Of the model without its draft and scales, by name."""
+    ours = tuple(f"{name}." for name, child in base.model.named_children() if isinstance(child, Draft | Quantization))
+    weights = base.model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(ours)}
+
+
+def _identity(base: TransformersBase, *, is_trained: bool) -> BaseIdentity:
+    """The fingerprint is that of the files that transformers would write: a tied head is not among them.
 
     Raises:
         ConfigError: weights that are offloaded.
@@ -72,7 +96,8 @@ def _identity(base: TransformersBase) -> BaseIdentity:
     known = config.pop(CONFIG_KEY)
     config.pop(QUANTIZATION_KEY, None)
     config["architectures"] = config.get("architectures") or [type(base.model).__name__]
-    return BaseIdentity(source=known["base"] or "an unnamed model", fingerprint=found[0], hf_config=config)
+    source = TRAINED_BASE if is_trained else known["base"] or "an unnamed model"
+    return BaseIdentity(source=source, fingerprint=found[0], hf_config=config)
 
 
 def fingerprints(base: TransformersBase) -> list[str]:
@@ -80,10 +105,7 @@ def fingerprints(base: TransformersBase) -> list[str]:
 
     None where they are offloaded or sharded.
     """
-    ours = (Draft, Quantization)
-    drafts = tuple(f"{name}." for name, child in base.model.named_children() if isinstance(child, ours))
-    state = base.model.state_dict(keep_vars=True)
-    weights = {name: tensor for name, tensor in state.items() if not name.startswith(drafts)}
+    weights = _own_weights(base)
     if any(tensor.device.type == "meta" or isinstance(tensor, DTensor) for tensor in weights.values()):
         return []
     if base.embedding_weight() is not base.head_weight():

@@ -21,6 +21,7 @@ from mcore_spec.data.hidden_states.fit import check_tokenizer_of, open_states
 from mcore_spec.data.store import TokenStore, build_token_store
 from mcore_spec.drafts.vocab_map import load_draft_to_target
 from mcore_spec.errors import CheckpointError, ConfigError
+from mcore_spec.hosting.base_run import TRAINS_BASE
 from mcore_spec.hosting.key import CONFIG_KEY, QUANTIZATION_KEY, RATES
 from mcore_spec.huggingface.arguments import DEFAULT_MODE, DraftArguments
 from mcore_spec.huggingface.checkpointing import load_model
@@ -215,10 +216,18 @@ class Data(NamedTuple):
 
 
 def _stored(arguments: DraftArguments, model: PreTrainedModel, directory: Path) -> Data:
-    """Hidden states of the base, from a store."""
+    """Hidden states of the base, from a store.
+
+    Raises:
+        ConfigError: a base that is to be trained too.
+    """
     path, name, conversion = Path(arguments.offline_data or ""), "offline_data", conversion_of(model)
     assert conversion is not None, "the model was converted"
     task = find_algorithm(conversion.algorithm).task(conversion.config)
+    if task.trains_base:
+        raise ConfigError(
+            f"--offline_data with {TRAINS_BASE}: the base would have to run where it trains; train on --data_path"
+        )
     base = find_base(str(directory), field="model_name_or_path")
     store = open_states(path, base.architecture, base.identity, aux_layer_ids=task.aux_layer_ids, name=name)
     check_tokenizer_of(store, directory, name=name)

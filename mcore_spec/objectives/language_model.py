@@ -10,8 +10,26 @@ from mcore_spec.data.batch import Batch
 from mcore_spec.losses.next_token import next_token_loss
 from mcore_spec.losses.outcome import LossOutput
 from mcore_spec.losses.vocabulary import NOT_IN_VOCABULARY
+from mcore_spec.objectives.objective import Objective, Task
 from mcore_spec.objectives.rows import next_ids
 from mcore_spec.parallel.documents import Documents
+
+
+def outcome_of(
+    task: Task, objective: Objective, base: Base, batch: Batch, documents: Documents, features: Features
+) -> LossOutput:
+    """The draft's loss on the features, and the base's own where it is trained.
+
+    Args:
+        task: of the draft.
+        objective: of the draft.
+        base: that the features are of.
+        batch: of the whole row.
+        documents: of the batch.
+        features: the base's; of one that is trained with their gradient.
+    """
+    outcome = objective(batch, documents, features if task.trains_through_features else features.detached())
+    return with_language_model(outcome, base, batch, documents, features) if task.trains_base else outcome
 
 
 def with_language_model(

@@ -18,7 +18,7 @@ from mcore_spec.conversion import conversion_of, find_algorithm, reads_tokens
 from mcore_spec.data.batch import Batch
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.losses.outcome import LossOutput
-from mcore_spec.objectives.language_model import with_language_model
+from mcore_spec.objectives.language_model import outcome_of
 from mcore_spec.objectives.objective import Objective, Task
 from mcore_spec.parallel.collectives import Group
 from mcore_spec.parallel.documents import Documents, document_multiple, row_multiple
@@ -145,11 +145,8 @@ class DraftStep:
             self.objective = self.task.make_objective(self.base, self.draft, recompute=self.recompute)
 
     def _judge(self, batch: Batch, documents: Documents, features: Features) -> LossOutput:
-        """The draft's loss on the features, and the base's own where it is trained."""
         assert self.objective is not None
-        task = self.task
-        outcome = self.objective(batch, documents, features if task.trains_through_features else features.detached())
-        return with_language_model(outcome, self.base, batch, documents, features) if task.trains_base else outcome
+        return outcome_of(self.task, self.objective, self.base, batch, documents, features)
 
     def run_base(self, batch: Batch) -> BaseRun:
         """The base alone; every stage of the model takes part."""

@@ -71,8 +71,19 @@ def train(*, directory: Path, mode: Mode, layout: str, has_d2t: bool = False) ->
             dist.all_reduce(total)
             losses.append(float(total) / size)
     state = {name: _whole(value) for name, value in model.state_dict().items()}
-    state = {name: value for name, value in state.items() if "model.layers" not in name}
+    # Of frozen layers a copy would be compared with itself.
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    state = {name: value for name, value in state.items() if not (name in frozen and "model.layers" in name)}
     return {"losses": losses, "lm_losses": lm_losses, "state": state}
+
+
+def joint_refused(*, directory: Path, mode: Mode, layout: str) -> str:
+    """What one forward of a layout says that cuts a base which is trained too."""
+    try:
+        train(directory=directory, mode=mode, layout=layout)
+    except UnsupportedError as error:
+        return str(error)
+    return ""
 
 
 def start(*, directory: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from mcore_spec.config import eagle_preset
 from mcore_spec.conversion import Mode
 from tests.pool import RankPool
-from tests.tiny import write_hf_model
+from tests.tiny import joint_mode, write_hf_model
 
 pytestmark = pytest.mark.parallel
 
@@ -22,7 +22,11 @@ CASES: dict[str, tuple[Mode, str, bool]] = {
     "eagle3, whole vocabulary, tied head": (eagle_preset("eagle3"), "llama tied", False),
     "eagle1": (eagle_preset("eagle1"), "qwen3", False),
     "medusa": ("medusa", "llama", False),
+    "eagle3, base too, tied head": (joint_mode("eagle3"), "llama tied", False),
+    "eagle1, base too, through features": (joint_mode("eagle1", eagle_train_through_features=True), "qwen3", False),
 }
+JOINT = [name for name in CASES if "base too" in name]
+FROZEN = [name for name in CASES if name not in JOINT]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def run(rank_pool: RankPool, directories: dict[str, Path], case: str, layout: st
     )
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=FROZEN)
 def case(request: pytest.FixtureRequest, rank_pool: RankPool, directories: dict[str, Path]) -> tuple[str, Any]:
     (single,) = run(rank_pool, directories, request.param, "single", 1)
     return request.param, single
@@ -56,7 +60,11 @@ def case(request: pytest.FixtureRequest, rank_pool: RankPool, directories: dict[
 def test_two_ranks_equal_one(
     layout: str, case: tuple[str, Any], rank_pool: RankPool, directories: dict[str, Path]
 ) -> None:
-    name, single = case
+    check_layout(rank_pool, directories, case[0], layout, case[1])
+
+
+def check_layout(rank_pool: RankPool, directories: dict[str, Path], name: str, layout: str, single: Any) -> None:
+    """Losses and weights on two ranks are those of one."""
     assert single["losses"][1] < single["losses"][0]
     for found in run(rank_pool, directories, name, layout, 2):
         assert found["losses"] == pytest.approx(single["losses"], abs=TOLERANCE)
@@ -67,6 +75,27 @@ def test_two_ranks_equal_one(
         for key, value in single["state"].items():
             difference = float((found["state"][key] - value).abs().max())
             assert difference <= TOLERANCE, f"{key} differs by {difference:.1e}"
+
+
+@pytest.mark.parametrize("case", JOINT, indirect=True)
+def test_base_and_draft_on_two_ranks_equal_one(
+    case: tuple[str, Any], rank_pool: RankPool, directories: dict[str, Path]
+) -> None:
+    name, single = case
+    assert any(key.startswith("model.layers.") for key in single["state"])
+    check_layout(rank_pool, directories, name, "ddp", single)
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "cp"])
+def test_layouts_that_cut_a_trained_base_are_refused(
+    layout: str, rank_pool: RankPool, directories: dict[str, Path]
+) -> None:
+    mode, base, _ = CASES[JOINT[0]]
+    found = rank_pool.run(
+        "tests.parallel.hf_cases:joint_refused", world_size=2, directory=directories[base], mode=mode, layout=layout
+    )
+    for message in found:
+        assert message.startswith("eagle_freeze_base_model = false under FSDP or context parallelism")
 
 
 def test_a_start_from_data_is_one_over_ranks(rank_pool: RankPool, directories: dict[str, Path]) -> None:

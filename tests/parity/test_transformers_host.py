@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mcore_spec import convert
@@ -82,13 +82,12 @@ def packed(all_documents: list[Document]) -> dict[str, Tensor]:
     }
 
 
-def drafted(tiny: TinyModel, mode: str) -> PreTrainedModel:
+def drafted(tiny: TinyModel, mode: Mode, d2t: Tensor | None) -> PreTrainedModel:
     """A copy of the model with a draft whose weights are drawn, so that none is at its default."""
     model = copy.deepcopy(tiny.model)
     # A copy's norms are bound to the original.
     norm_in_float64(model)
-    d2t = draft_to_target() if "reduced" in mode else None
-    converted: Any = convert(model, MODES[mode], d2t=d2t)
+    converted: Any = convert(model, mode, d2t=d2t)
     return converted
 
 
@@ -109,14 +108,24 @@ def family(
     tiny = tiny_models[request.param]
     models, initial, cases = {}, {}, {}
     for name, mode in MODES.items():
-        models[name] = drafted(tiny, name)
+        d2t = draft_to_target() if "reduced" in name else None
+        models[name] = drafted(tiny, mode, d2t)
         draft: Any = TransformersBase(models[name]).draft()
         initial[name] = {key: value.clone() for key, value in draft.state_dict().items()}
-        d2t = draft_to_target() if "reduced" in name else None
         all_documents = documents(tiny.model.config.vocab_size)
         cases[name] = HostCase(tiny.directory, mode, d2t, randomised(models[name]), all_documents)
     (runs,) = rank_pool.run("tests.parity.host_cases:megatron_steps", world_size=1, cases=cases)
     return {name: (models[name], initial[name], runs[name]) for name in MODES}
+
+
+def check_gradients(module: nn.Module, expected: dict[str, Tensor]) -> None:
+    """Every parameter has one, and it is the expected one."""
+    parameters = dict(module.named_parameters())
+    assert parameters.keys() == expected.keys()
+    for name, theirs in expected.items():
+        found, largest = parameters[name].grad, float(theirs.abs().max())
+        assert found is not None and largest > 0, name
+        assert float((found - theirs).abs().max()) <= TOLERANCE * max(1.0, largest), name
 
 
 @pytest.mark.parametrize("form", [padded, packed])
@@ -132,11 +141,7 @@ def test_loss_and_gradients_are_the_megatron_hosts(family: Any, mode: str, form:
     assert abs(float(output.loss.detach() - expected.outcome.loss / counted[0])) <= TOLERANCE
     assert torch.allclose(output.accuracy, expected.outcome.correct_by_step / counted)
     draft: Any = TransformersBase(model).draft()
-    assert {name for name, _ in draft.named_parameters()} == expected.gradients.keys()
-    for name, parameter in draft.named_parameters():
-        theirs = expected.gradients[name] / counted[0]
-        assert parameter.grad is not None and theirs.abs().max() > 0, name
-        assert float((parameter.grad - theirs).abs().max()) <= TOLERANCE * max(1.0, float(theirs.abs().max())), name
+    check_gradients(draft, {name: gradient / counted[0] for name, gradient in expected.gradients.items()})
     assert all(parameter.grad is None for parameter in model.model.parameters())
 
 

@@ -105,13 +105,6 @@ def test_a_configuration_of_the_other_algorithm_is_refused(model: Any) -> None:
     assert conversion_of(model) is None
 
 
-def test_a_base_that_is_to_be_trained_too_is_refused_untouched(model: PreTrainedModel) -> None:
-    with pytest.raises(UnsupportedError, match="its base stays frozen here; train on a GPTModel"):
-        mcore_spec.convert(model, [("eagle", {"eagle_freeze_base_model": False})])
-    assert conversion_of(model) is None
-    assert TransformersBase(model).draft() is None
-
-
 def test_models_without_the_structure_are_refused(model: Any) -> None:
     with pytest.raises(UnsupportedError, match="GPT2LMHeadModel.*not supported"):
         mcore_spec.convert(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11)), "medusa")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import mcore_spec
 from mcore_spec import ConfigError, UnsupportedError
+from mcore_spec.conversion import Mode
 from mcore_spec.data.document import Document
 from mcore_spec.hosting.context import context_group
 from mcore_spec.huggingface.data import ConversationDataset, DraftCollator
@@ -52,12 +53,13 @@ def train(
     kind: type[Trainer] = Trainer,
     resume: str | None = None,
     mixing: bool = False,
+    mode: Mode | None = None,
     fit: int = 0,
     collator: Any = None,
     **options: Any,
 ) -> Trainer:
     config = {**CONFIG, "eagle_mix_hidden_states": mixing}
-    model = mcore_spec.convert(AutoModelForCausalLM.from_pretrained(base_dir), [("eagle", config)])
+    model = mcore_spec.convert(AutoModelForCausalLM.from_pretrained(base_dir), mode or [("eagle", config)])
     arguments = TrainingArguments(
         output_dir=str(output),
         **{
