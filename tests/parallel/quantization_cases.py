@@ -84,10 +84,10 @@ def teachers(*, directory: Path, layout: Layout, recipe: Recipe) -> dict[str, An
         plain = drafted(directory, layout)
         batch = make_batch([CORPUS.document(0)], num_steps=3, row_multiple=2, num_samples=1)
         with torch.no_grad():
-            before = DraftStep(plain)._run_base(batch).features
+            before = DraftStep(plain).run_base(batch).features
             model = quantize(plain, recipe, see_corpus if recipe.is_calibrated else None)
             losses = [DraftStep(model, teacher=teacher)(batch) for teacher in ("as_loaded", "unquantized")]
-            features = DraftStep(model, teacher="unquantized")._run_base(batch).features
+            features = DraftStep(model, teacher="unquantized").run_base(batch).features
         if before is None or features is None:
             return None
         return {

@@ -32,7 +32,7 @@ def test_the_start_is_the_megatron_hosts(family: str, tiny_models: dict[str, Tin
     (starts,) = rank_pool.run("tests.parity.host_cases:megatron_starts", world_size=1, cases=cases, seed=SEED)
     for name in FITTED:
         for form in (padded, packed):
-            model = drafted(tiny, name)
+            model = drafted(tiny, cases[name].mode, cases[name].d2t)
             draft: Any = TransformersBase(model).draft()
             before = {key: value.clone() for key, value in draft.state_dict().items()}
             start = fit_start(model, [form(learned)], seed=SEED)
