@@ -18,7 +18,7 @@ from mcore_spec.hosting.base_run import run_base
 from mcore_spec.hosting.context import context_group
 from mcore_spec.objectives.linear_start import Sample, StartSolver, check_linear_start, num_default_rows
 from mcore_spec.objectives.objective import Task
-from mcore_spec.parallel.collectives import Group, group_size
+from mcore_spec.parallel.collectives import Group, group_rank, group_size
 from mcore_spec.parallel.layout import run_on_every_rank
 from mcore_spec.quantization.installed import quantization_of
 
@@ -88,7 +88,15 @@ def fit_start(
     world: Group = dist.group.WORLD if dist.is_initialized() else None
     draft = base.draft()
     assert draft is not None, "a converted model has a draft"
-    solver = StartSolver(task, base, draft, data_group=world, copies=(world,))
+    solver = StartSolver(
+        task,
+        base,
+        draft,
+        data_group=world,
+        copies=(world,),
+        data_rank=group_rank(world),
+        data_size=group_size(world),
+    )
     without_autocast = torch.autocast(base.device.type, enabled=False)
     enough = -(-num_rows // group_size(world))
 

@@ -35,7 +35,7 @@ from mcore_spec.parallel.collectives import Group, gather_without_grad, group_si
 from mcore_spec.parallel.documents import Documents
 from mcore_spec.parallel.tensor_parallel import SEQUENCE_DIM, TensorParallel
 
-# The size of the logits is looked for in steps of this, so many at most, on so many batches of each rank.
+# The size of the logits is looked for in steps of this, so many at most, on so many batches of all ranks.
 SHRINKING, MAX_SHRINKINGS, NUM_JUDGED = 2**-0.25, 9, 4
 
 
@@ -95,7 +95,17 @@ class StartSolver:
     loss: a prediction that is normed is as long where little is known as where much is.
     """
 
-    def __init__(self, task: Task, base: Base, draft: Draft, *, data_group: Group, copies: Sequence[Group]) -> None:
+    def __init__(
+        self,
+        task: Task,
+        base: Base,
+        draft: Draft,
+        *,
+        data_group: Group,
+        copies: Sequence[Group],
+        data_rank: int,
+        data_size: int,
+    ) -> None:
         """Nothing yet.
 
         Args:
@@ -105,6 +115,8 @@ class StartSolver:
             data_group: ranks with other rows.
             copies: groups that take the solution of their first rank, in this order, so that it is the same bit for
                 bit.
+            data_rank: batch i of all is the one that rank i modulo `data_size` adds as its i // `data_size`-th.
+            data_size: ranks that share the batches.
 
         Raises:
             UnsupportedError: the draft has no such start.
@@ -113,6 +125,8 @@ class StartSolver:
             raise UnsupportedError(f"fit_start is not built for {draft.label}; leave it at 0")
         self.task, self.base, self.draft = task, base, draft
         self.data_group, self.copies = data_group, copies
+        # The same batches are judged in every layout.
+        self.num_judged = -(-max(NUM_JUDGED - data_rank, 0) // data_size)
         self.hidden_size = base.architecture.hidden_size
         self.num_features = max(len(task.aux_layer_ids), 1) * self.hidden_size
         self.device = base.final_norm_weight().device
@@ -185,8 +199,9 @@ class StartSolver:
         whole, size, lowest = norm.weight.clone(), 1.0, float("inf")
         for number in range(MAX_SHRINKINGS):
             norm.weight.copy_(whole * SHRINKING**number)
-            losses = [objective(*sample.to(self.device)).loss.double() for sample in self.kept[:NUM_JUDGED]]
-            (loss,) = self._agree(self._add_up([torch.stack(losses).sum()]))
+            losses = [objective(*sample.to(self.device)).loss.double() for sample in self.kept[: self.num_judged]]
+            own = sum(losses, torch.zeros((), dtype=torch.float64, device=self.device))
+            (loss,) = self._agree(self._add_up([own]))
             if float(loss) >= lowest:
                 break
             size, lowest = SHRINKING**number, float(loss)

@@ -45,8 +45,15 @@ def add_batches(model: GPTModel, step: DraftStep, batches: Iterable[Batch]) -> S
     """What the start learns from; ``None`` on stages without the draft. Arguments as of `fit_linear_start`."""
     groups, solver = model.pg_collection, None
     if step.draft is not None:
-        copies = (groups.tp, groups.dp_cp)
-        solver = StartSolver(step.task, step.base, step.draft, data_group=groups.dp_cp, copies=copies)
+        solver = StartSolver(
+            step.task,
+            step.base,
+            step.draft,
+            data_group=groups.dp_cp,
+            copies=(groups.tp, groups.dp_cp),
+            data_rank=groups.dp.rank(),
+            data_size=groups.dp.size(),
+        )
     for batch in batches:
         documents, features = step.run_base(batch)
         if solver is not None and features is not None:
