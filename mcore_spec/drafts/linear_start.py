@@ -24,6 +24,9 @@ MAX_DEFAULT_BYTES = 4 * 2**30
 # Coefficients are expected to be small beforehand, and every row tells against that. Measured from 0.4 to 10 rows an
 # input: within 0.012 of the best acceptance length that any fixed share reached (docs/decisions.md).
 RIDGE = 0.1
+# The same for what the first regression leaves, of which an MLP explains little: from one row an activation to forty better
+# than no MLP, where the share above fits noise (docs/decisions.md).
+MLP_RIDGE = 5.0
 # Root mean square of a matrix that learns at --lr behind such a start: at 5e-4 a step changes 0.6 % of it. Measured
 # beside other shares and one rate for all (docs/decisions.md).
 SIZE_OF_RATE = 0.08
@@ -78,18 +81,17 @@ class Moments:
         """All there is, for adding up over ranks."""
         return [self.inputs, self.products, self.num_rows]
 
-    def ridge(self) -> Tensor:
-        """What is added to the squares of every input, as a share of them."""
-        return RIDGE * self.inputs.shape[0] / self.num_rows.clamp(min=1)
-
-    def solve(self) -> Tensor:
+    def solve(self, *, ridge: float = RIDGE) -> Tensor:
         """The map with the least squared error, [n, h]; every input is measured by its own root mean square.
 
-        Coefficients are drawn to zero by `ridge`: the fewer rows, the more.
+        Coefficients are drawn to zero, the fewer rows, the more.
+
+        Args:
+            ridge: what is added to the squares of every input, as a share of them, with as many rows as inputs.
         """
         scale = self.inputs.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
         correlation = self.inputs / scale[:, None] / scale
-        correlation.diagonal().add_(self.ridge())
+        correlation.diagonal().add_(ridge * self.inputs.shape[0] / self.num_rows.clamp(min=1))
         return torch.linalg.solve(correlation, self.products / scale[:, None]) / scale[:, None]
 
 

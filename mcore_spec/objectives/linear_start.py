@@ -20,6 +20,7 @@ from mcore_spec.data.batch import Batch
 from mcore_spec.drafts.draft import Draft
 from mcore_spec.drafts.linear_start import (
     MAX_DEFAULT_BYTES,
+    MLP_RIDGE,
     ROWS_PER_INPUT,
     LinearMap,
     Moments,
@@ -186,7 +187,7 @@ class StartSolver:
             missing = draft.before_last_norm(wanted) - _whole_rows(seen.before, tp)[rows, 0]
             moments.add(gather_without_grad(seen.inner[rows, 0], -1, tp.group), missing)
         self._add_up(moments.sums)
-        (solution,) = self._agree([moments.solve()])
+        (solution,) = self._agree([moments.solve(ridge=MLP_RIDGE)])
         last.load_whole(solution.t())
 
     @torch.no_grad()

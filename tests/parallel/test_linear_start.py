@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mcore_spec.config import EagleAlgorithm
-from mcore_spec.drafts.linear_start import RIDGE, SIZE_OF_NOTHING, SIZE_OF_RATE, LinearMap, factor
+from mcore_spec.drafts.linear_start import MLP_RIDGE, RIDGE, SIZE_OF_NOTHING, SIZE_OF_RATE, LinearMap, factor
 from mcore_spec.objectives.linear_start import SHRINKING
 from mcore_spec.parallel.layout import Layout
 from tests.parallel.checks import EACH_AXIS
@@ -38,10 +38,10 @@ def normed(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
 
 
-def ridge_regression(z: Tensor, y: Tensor) -> Tensor:
+def ridge_regression(z: Tensor, y: Tensor, *, ridge: float = RIDGE) -> Tensor:
     """As ordinary least squares with one more row an input, measured by its root sum of squares."""
     scale = z.pow(2).sum(0).sqrt()
-    share = (RIDGE * z.shape[1] / z.shape[0]) ** 0.5
+    share = (ridge * z.shape[1] / z.shape[0]) ** 0.5
     rows = torch.cat((z / scale, share * torch.eye(z.shape[1], dtype=z.dtype)))
     missing = torch.zeros(z.shape[1], y.shape[1], dtype=y.dtype)
     return torch.linalg.lstsq(rows, torch.cat((y, missing))).solution / scale[:, None]
@@ -160,7 +160,7 @@ def test_the_mlp_is_the_regression_of_what_is_left(kind: str, rank_pool: RankPoo
             if mask[t + 1] and mask[t + 2]:
                 activations.append(ACTIVATIONS[shape.hidden_act](gate[t]) * up[t])
                 missing.append(last[t + 1] / mapped["norm.weight"] - before[t])
-    expected = ridge_regression(torch.stack(activations), torch.stack(missing))
+    expected = ridge_regression(torch.stack(activations), torch.stack(missing), ridge=MLP_RIDGE)
     torch.testing.assert_close(solved["layers.0.mlp.down_proj.weight"], expected.t(), rtol=1e-7, atol=1e-9)
     changed = {name for name in solved if not torch.equal(mapped[name], solved[name])}
     assert changed == {"layers.0.mlp.down_proj.weight"}
