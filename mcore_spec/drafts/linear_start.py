@@ -24,8 +24,8 @@ MAX_DEFAULT_BYTES = 4 * 2**30
 # Coefficients are expected to be small beforehand, and every row tells against that. Measured from 0.4 to 10 rows an
 # input: within 0.012 of the best acceptance length that any fixed share reached (docs/decisions.md).
 RIDGE = 0.1
-# The same for what the first regression leaves, of which an MLP explains little: from one row an activation to forty better
-# than no MLP, where the share above fits noise (docs/decisions.md).
+# The same for what the first regression leaves, of which an MLP explains little: better than no MLP from one row an
+# activation to forty, where the share above fits noise (docs/decisions.md).
 MLP_RIDGE = 5.0
 # Root mean square of a matrix that learns at --lr behind such a start: at 5e-4 a step changes 0.6 % of it. Measured
 # beside other shares and one rate for all (docs/decisions.md).
