@@ -171,7 +171,7 @@ def test_behind_a_start_each_matrix_has_a_rate_of_its_own(base_dir: Path, tmp_pa
         (member,) = group["params"]
         assert state[member]["exp_avg"].shape == matrix.shape
         assert group["initial_lr"] == pytest.approx(1e-2 * made[name], rel=1e-12), name
-        # The solution is that of the run's first batches, half of the documents; what the MLP adds follows from how many.
+        # The solution is of the run's first batches, half of the documents; what the MLP adds follows from how many.
         if name != "layers.0.mlp.down_proj.weight":
             assert made[name] == pytest.approx(start.rates[name], rel=0.3), name
     assert len({group["initial_lr"] for group in own}) > 2
