@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from mcore_spec.parallel.float8 import Float8Product
 from mcore_spec.parallel.layout import run_on_every_rank
 from mcore_spec.parallel.sharding import sharded_state_dict
 from mcore_spec.parallel.tensor_parallel import TensorParallel
+from mcore_spec.quantization.emulated import rounded_linear
 from mcore_spec.quantization.gradients import GradientQuantizer
 from mcore_spec.quantization.learned import add_learned_scales
 from mcore_spec.quantization.products import multiply
@@ -242,6 +244,12 @@ def unquantized(model: nn.Module) -> Iterator[None]:
         quantization.is_on = before
 
 
+class _Product(Protocol):
+    """[..., in] times [out, in], quantised, plus a bias [out] -> [..., out]."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+
 class QuantizedLinear:
     """Stands in the place of a linear map's ``forward``: quantised input, quantised weight, for the call alone."""
 
@@ -261,27 +269,21 @@ class QuantizedLinear:
         if not self.quantization.is_on:
             self.quantizer.activation.observe(self.quantization.seen(x))
             return self.original(x, *args, **options)
-        if self.quantization.product is not None:
-            return self._multiply(x, self.quantization.product, *args, **options)
+        quantizer, product = self.quantizer, self.quantization.product
+        if product is not None:
+            return self._with(partial(multiply, quantizer=quantizer, product=product), x, *args, **options)
+        x = quantizer.activation(x)
         if self.quantization.has_rounded_weights:
-            return self.original(self.quantizer.activation(x), *args, **options)
-        weights: dict[str, Any] = self.module._parameters
-        own = weights["weight"]
-        # The place in the dictionary stays the same, and with it the order of parameters.
-        weights["weight"] = self.quantizer.weight(own)
-        try:
-            return self.original(self.quantizer.activation(x), *args, **options)
-        finally:
-            weights["weight"] = own
+            return self.original(x, *args, **options)
+        return self._with(partial(rounded_linear, quantizer=quantizer.weight), x, *args, **options)
 
-    def _multiply(self, x: Tensor, product: Float8Product, *args: Any, **options: Any) -> Any:
-        """The same with FP8 numbers; entering and leaving the parallel region stay the original's."""
+    def _with(self, product: _Product, x: Tensor, *args: Any, **options: Any) -> Any:
+        """The same with this product; entering and leaving the parallel region stay the original's."""
         module = self.module
         if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
             bias = module.applied_bias if isinstance(module, ShardedLinear) else _parameter(module, "bias")
-            output = multiply(x, module.get_parameter("weight"), self.quantizer, product)
-            return output if bias is None else output + bias
-        module._forward_impl = _InRegion(self.quantizer, product)
+            return product(x, module.get_parameter("weight"), bias)
+        module._forward_impl = _InRegion(product)
         try:
             return self.original(x, *args, **options)
         finally:
@@ -295,8 +297,8 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
 class _InRegion:
     """Stands in the place of megatron-core's product of a linear map, which sums the input's gradient over ranks."""
 
-    def __init__(self, quantizer: LinearQuantizer, product: Float8Product) -> None:
-        self.quantizer, self.product = quantizer, product
+    def __init__(self, product: _Product) -> None:
+        self.product = product
 
     def __call__(
         self,
@@ -312,8 +314,7 @@ class _InRegion:
         """megatron-core's arguments; those of how weights' gradients are overlapped and added up do not matter here."""
         if allreduce_dgrad or sequence_parallel:
             input = TensorParallel(group=tp_group, sequence_parallel=sequence_parallel).enter(input)
-        output = multiply(input, weight, self.quantizer, self.product)
-        return output if bias is None else output + bias
+        return self.product(input, weight, bias)
 
 
 class _KeysAndValues:

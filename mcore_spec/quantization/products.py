@@ -24,8 +24,10 @@ from mcore_spec.quantization.numbers import RoundingGradients, Wanted, encode, s
 from mcore_spec.quantization.quantizers import LinearQuantizer
 
 
-def multiply(x: Tensor, weight: Tensor, quantizer: LinearQuantizer, product: Float8Product) -> Tensor:
-    """[..., in] times [out, in] -> [..., out], in the dtype of `x`.
+def multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: LinearQuantizer, product: Float8Product
+) -> Tensor:
+    """[..., in] times [out, in] plus a bias [out] -> [..., out], in the dtype of `x`.
 
     Rows are filled up to a multiple of 16 with zeros; `in` and `out` are such (see `check_sizes`).
     """
@@ -37,7 +39,8 @@ def multiply(x: Tensor, weight: Tensor, quantizer: LinearQuantizer, product: Flo
         scale = scale.reshape(1, 1)
     operands = (padded, weight, scale, quantizer.weight.row_scales())
     output: Tensor = _Multiply.apply(*operands, quantizer, product)
-    return output[: rows.shape[0]].unflatten(0, x.shape[:-1])
+    output = output[: rows.shape[0]].unflatten(0, x.shape[:-1])
+    return output if bias is None else output + bias
 
 
 class _Operand(NamedTuple):

@@ -111,10 +111,11 @@ class WeightQuantizer(Scales):
 
     def forward(self, weight: Tensor) -> Tensor:
         """[out, in] of this rank -> the same, quantised and back."""
-        scale = self.row_scales()
-        if scale.shape[1] > 1:
-            scale = scale.repeat_interleave(BLOCK, dim=1)[:, : self.columns]
-        return fake_quantize(weight, scale, self.scheme.number)
+        return self.rounded(weight, self.row_scales())
+
+    def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """The same with scales that `row_scales` gave."""
+        return _fake_quantize_rows(weight, scale, self.scheme)
 
     def row_scales(self) -> Tensor:
         """One scale [1, 1], or those of this rank's rows, one [out, 1] or one for each block [out, blocks]."""
@@ -197,10 +198,7 @@ class ActivationQuantizer(Scales):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> the same, quantised and back."""
-        scale, number = self.row_scales(x), self.scheme.number
-        if self.scheme.granularity != "block":
-            return fake_quantize(x, scale, number)
-        return fake_quantize(_blocks(x), scale[..., None], number).flatten(-2)[..., : x.shape[-1]]
+        return _fake_quantize_rows(x, self.row_scales(x), self.scheme)
 
     def row_scales(self, x: Tensor) -> Tensor:
         """One scale [1], or those of the rows of `x` [..., n], one [..., 1] or one for each block [..., blocks]."""
@@ -216,6 +214,13 @@ class ActivationQuantizer(Scales):
     def extra_repr(self) -> str:
         """The scheme."""
         return str(self.scheme)
+
+
+def _fake_quantize_rows(x: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """[..., n] quantised and back, with scales that fit it, or one for each block [..., blocks]."""
+    if scheme.granularity != "block":
+        return fake_quantize(x, scale, scheme.number)
+    return fake_quantize(_blocks(x), scale[..., None], scheme.number).flatten(-2)[..., : x.shape[-1]]
 
 
 def _blocks(x: Tensor) -> Tensor:

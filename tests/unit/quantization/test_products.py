@@ -72,7 +72,7 @@ def test_outputs_and_gradients_are_those_of_fake_quantisation(name: str, dtype: 
     wanted = [case.x, case.weight, *scales.values()]
     expected = emulated(case)
     of_expected = torch.autograd.grad(expected, wanted, case.grad)
-    found = multiply(case.x, case.weight, case.quantizer, TorchProduct(CPU))
+    found = multiply(case.x, case.weight, None, case.quantizer, TorchProduct(CPU))
     of_found = torch.autograd.grad(found, wanted, case.grad)
     assert found.dtype is dtype and found.shape == expected.shape
     assert sqnr(found, expected) >= (100 if dtype is torch.float32 else 40)
@@ -112,7 +112,7 @@ def test_outputs_are_those_of_the_definition(name: str) -> None:
         for first in (1, 0):
             amax[first::2] = block_amax(weight[first::2], (128, 128))
     expected = stands_in(x, x_amax) @ stands_in(weight, amax).T
-    found = multiply(case.x, case.weight, case.quantizer, TorchProduct(CPU))
+    found = multiply(case.x, case.weight, None, case.quantizer, TorchProduct(CPU))
     # float32 sums of 256 terms.
     torch.testing.assert_close(
         found.detach().double().reshape(expected.shape), torch.from_numpy(expected), rtol=1e-5, atol=1e-5
@@ -127,7 +127,7 @@ def test_a_gradient_without_numbers_stays_one(name: str, scaling: GradientScalin
         case.quantizer.gradient.finish_step(torch.ones(1))
     grad = case.grad.clone()
     grad[0, 3, 5] = float("inf")
-    found = multiply(case.x, case.weight, case.quantizer, TorchProduct(CPU))
+    found = multiply(case.x, case.weight, None, case.quantizer, TorchProduct(CPU))
     for each in torch.autograd.grad(found, (case.x, case.weight), grad):
         assert not bool(torch.isfinite(each).all())
 
@@ -150,7 +150,7 @@ def test_a_delayed_scale_is_that_of_the_steps_before() -> None:
     for _ in range(HISTORY):
         gradient.finish_step(torch.tensor([1.0]))
     assert float(gradient.encode(torch.tensor([[2.0]])).scale) == pytest.approx(1 / 57344)
-    found = multiply(case.x, case.weight, case.quantizer, TorchProduct(CPU))
+    found = multiply(case.x, case.weight, None, case.quantizer, TorchProduct(CPU))
     gradient.finish_step(case.grad.abs().amax().reshape(1))
     for mine, theirs in zip(
         torch.autograd.grad(found, (case.x, case.weight), case.grad),
@@ -180,7 +180,7 @@ def test_transformer_engine_multiplies_the_same_numbers(name: str) -> None:
         case.quantizer,
     )
     found = [
-        multiply(x, weight, quantizer.to(device), float8_product(each, device))
+        multiply(x, weight, None, quantizer.to(device), float8_product(each, device))
         for each in ("torch", "transformer_engine")
     ]
     grads = [torch.autograd.grad(each, (x, weight), case.grad.to(device)) for each in found]
