@@ -129,16 +129,17 @@ def report(served: Served) -> dict[str, Any]:
     }
 
 
-def check_validated(validated: dict[str, Any], prompts: list[Prompt], *, steps: int, where: Path) -> None:
+def check_validated(validated: dict[str, Any], prompts: list[Prompt], *, steps: int, osl: int, where: Path) -> None:
     """Refuse figures of another measurement, before anything is served.
 
     Raises:
-        ConfigError: other prompts or steps, or no acceptance length.
+        ConfigError: other prompts, steps or lengths of answers, or no acceptance length.
     """
     num_answers = sum(len(prompt.turns) for prompt in prompts)
     for field, theirs, ours in (
         ("num_answers", validated.get("num_answers"), num_answers),
         ("steps", len(validated.get("acceptance_by_position") or ()), steps),
+        ("osl", validated.get("osl"), osl),
     ):
         if theirs != ours:
             raise ConfigError(
@@ -190,7 +191,7 @@ def run(given: argparse.Namespace) -> int:
     validated = None
     if given.validated is not None:
         validated = read_json(given.validated, "--validated")
-        check_validated(validated, prompts, steps=given.steps, where=given.validated)
+        check_validated(validated, prompts, steps=given.steps, osl=given.osl, where=given.validated)
     if not has_vllm():
         raise ConfigError(HOW)
     served = serve(given, prompts)

@@ -5,7 +5,7 @@
 #       --num_gpu 1 --num_epochs 1 [--eagle_config FILE] [--mode eagle3] [--lr 1e-4] [--train_bs 4]
 #       [--training_seq_len 2048] [--offline-data DIR] [--use_fsdp True] [--cp_size 2] [any option of main.py ...]
 #
-# Without a GPU the processes are CPU processes. PYTHON names the interpreter.
+# Without a GPU the processes are CPU processes. PYTHON names the interpreter. One process is started without a launcher.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -28,28 +28,37 @@ learned=()
 [[ -z "$mode" ]] || learned+=(--mode "$mode")
 [[ -z "$offline_data" ]] || learned+=(--offline_data "$offline_data")
 
-launch=(-m accelerate.commands.launch --num_machines 1 --num_processes "$num_gpu")
-launch+=(--dynamo_backend no --mixed_precision no)
+is_sharded=""
+[[ "$cp_size" == 1 && "$use_fsdp" != True ]] || is_sharded=yes
+launch=()
 training=(--report_to none --save_strategy epoch --logging_steps 10 --warmup_steps 0.03 --lr_scheduler_type cosine)
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    # accelerate starts several processes without GPUs through MPI alone.
-    launch=(-m torch.distributed.run --nproc_per_node "$num_gpu")
-    if [[ -n "${MASTER_PORT:-}" ]]; then
-        launch+=(--master_port "$MASTER_PORT")
-    else
-        launch+=(--standalone)
-    fi
-    training+=(--use_cpu True --dataloader_pin_memory False --ddp_backend gloo)
-    [[ "$cp_size" == 1 && "$use_fsdp" != True ]] ||
+    [[ -z "$is_sharded" ]] ||
         fail "--use_fsdp True and --cp_size above 1 need GPUs, accelerate shards on them alone; leave them out"
-elif [[ "$num_gpu" != 1 ]]; then
-    launch+=(--multi_gpu)
+    training+=(--use_cpu True --dataloader_pin_memory False)
+    if [[ "$num_gpu" != 1 ]]; then
+        # accelerate starts several processes without GPUs through MPI alone.
+        launch=(-m torch.distributed.run --nproc_per_node "$num_gpu")
+        if [[ -n "${MASTER_PORT:-}" ]]; then
+            launch+=(--master_port "$MASTER_PORT")
+        else
+            launch+=(--standalone)
+        fi
+        training+=(--ddp_backend gloo)
+    fi
 else
-    # Of several GPUs Trainer would take all into one process.
-    visible="${CUDA_VISIBLE_DEVICES:-0}"
-    export CUDA_VISIBLE_DEVICES="${visible%%,*}"
+    if [[ "$num_gpu" == 1 ]]; then
+        # Of several GPUs Trainer would take all into one process.
+        visible="${CUDA_VISIBLE_DEVICES:-0}"
+        export CUDA_VISIBLE_DEVICES="${visible%%,*}"
+    fi
+    if [[ "$num_gpu" != 1 || -n "$is_sharded" ]]; then
+        launch=(-m accelerate.commands.launch --num_machines 1 --num_processes "$num_gpu")
+        launch+=(--dynamo_backend no --mixed_precision no)
+        [[ "$num_gpu" == 1 ]] || launch+=(--multi_gpu)
+    fi
 fi
-if [[ "$cp_size" != 1 || "$use_fsdp" == True ]]; then
+if [[ -n "$is_sharded" ]]; then
     launch+=(--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP)
     launch+=(--fsdp_state_dict_type FULL_STATE_DICT)
 fi

@@ -111,7 +111,11 @@ def _load_model(arguments: SynthesizeArguments, directory: str) -> Answerer:
     import torch
 
     from mcore_spec.synthesis.local import LocalAnswerer
+    from mcore_spec.weights.hf_config import check_not_quantized, locate, read_hf_config
 
+    # transformers would leave the scales away, and answer as the model did before.
+    config = read_hf_config(locate(directory, with_weights=False, field="model"))
+    check_not_quantized(config, what=f"model = {directory}")
     return LocalAnswerer(
         directory,
         batch_size=arguments.batch_size,

@@ -87,6 +87,7 @@ class Evaluation(NamedTuple):
         baseline_tokens_per_second: of the base alone, in the same batches; ``None`` where it was not run.
         differences: of greedy answers with and without the draft, faults and ties.
         is_lossless: whether there is no fault; ``None`` where nothing was compared.
+        osl: most new tokens of an answer.
         is_exact: whether the answers are meant to be the base's; with typical acceptance they are not.
     """
 
@@ -96,6 +97,7 @@ class Evaluation(NamedTuple):
     baseline_tokens_per_second: float | None
     differences: tuple[Difference, ...]
     is_lossless: bool | None
+    osl: int
     is_exact: bool = True
 
     @property
@@ -252,6 +254,7 @@ class Evaluator:
             baseline_tokens_per_second=sum(_rate(each) for each in plain) if self.plain is not None else None,
             differences=differences,
             is_lossless=all(each.is_tie for each in differences) if is_compared else None,
+            osl=self.settings.osl,
             is_exact=is_exact,
         )
 

@@ -19,6 +19,7 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
         **_counts(evaluation.overall),
         "acceptance": "exact" if evaluation.is_exact else "typical",
         "lossless": evaluation.is_lossless,
+        "osl": evaluation.osl,
         "num_ties": sum(each.is_tie for each in evaluation.differences),
         "tokens_per_second": evaluation.tokens_per_second,
         "baseline_tokens_per_second": evaluation.baseline_tokens_per_second,

@@ -1,4 +1,4 @@
-"""transformers' Trainer, with a draft's start from data and its accuracy in the log. Any Trainer trains a draft."""
+"""transformers' Trainer, with a draft's start from data and its figures in the log. Any Trainer trains a draft."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from mcore_spec.huggingface.linear_start import LinearStart, fit_start
 
 
 class DraftTrainer(Trainer):
-    """Logs top-1 accuracy by step and the simulated acceptance length, means over this rank's micro-batches.
+    """Logs top-1 accuracy by step, the simulated acceptance length and the base's own loss.
+
+    They are means over this rank's micro-batches.
 
     Each matrix of the draft has a parameter group of its own: behind a start from data all of them change by the same
     share of their size.
@@ -94,7 +96,8 @@ class DraftTrainer(Trainer):
         """Trainer's; keeps the figures beside the loss."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            figures = torch.cat((outputs["accuracy"], outputs["acceptance_length"].reshape(1))).detach()
+            others = (outputs[name].reshape(1) for name in ("acceptance_length", "lm_loss"))
+            figures = torch.cat((outputs["accuracy"], *others)).detach()
             self._sums = figures if self._sums is None else self._sums + figures
             self._num_batches += 1
         return (loss, outputs) if return_outputs else loss
@@ -102,8 +105,8 @@ class DraftTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with the figures since the last one beside a training loss."""
         if "loss" in logs and self._sums is not None:
-            *accuracy, length = (self._sums / self._num_batches).tolist()
+            *accuracy, length, own = (self._sums / self._num_batches).tolist()
             logs = {**logs, **{f"accuracy_{step}": value for step, value in enumerate(accuracy)}}
-            logs["acceptance_length"] = length
+            logs["acceptance_length"], logs["lm_loss"] = length, own
             self._sums, self._num_batches = None, 0
         super().log(logs, start_time)

@@ -317,6 +317,14 @@ def test_launch_of_nothing(option: tuple[str, object], message: str) -> None:
     assert done.returncode == 2 and done.stderr.startswith(f"error: {message}")
 
 
+def test_what_the_program_refuses_the_script_refuses(base: Path, conversations: Path, tmp_path: Path) -> None:
+    words = ("--model", base, "--output_dir", tmp_path / "out", "--data", conversations, "--eval_strategy", "epoch")
+    done = start(["bash", SCRIPTS / "launch_train.sh", *words])
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: --eval_strategy and --eval_data_path need each other")
+    assert not (tmp_path / "out").exists()
+
+
 def test_launch_without_its_flags() -> None:
     for script, flag in (("launch_train.sh", "--model"), ("train_eagle3_and_export.sh", "--base_model")):
         done = start(["bash", SCRIPTS / script])

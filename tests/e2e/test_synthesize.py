@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import mcore_spec
 from mcore_spec.cli.parser import parse_arguments
 from mcore_spec.cli.synthesis_arguments import SynthesizeArguments
 from mcore_spec.data.conversations import ConversationReader
@@ -175,6 +176,11 @@ def test_a_model_that_answers_here(base_dir: Path, prompts: Path, tmp_path: Path
     done = run("synthesize", *given, "--output", second)
     assert f"8 prompts: 3 have a conversation in {second}" in done.out
     assert stored(first) == stored(second) and len(stored(first)) == NUM_PROMPTS
+    # Its scales would be nobody's.
+    mcore_spec.quantize(model, "int8_per_channel").save_pretrained(tmp_path / "model")
+    done = run("synthesize", *given, "--output", tmp_path / "z.jsonl")
+    check_refused(done, f"model = {tmp_path}/model is a quantised model (mcore_spec_quantization in its config.json)")
+    assert not (tmp_path / "z.jsonl").exists()
 
 
 def test_modelopts_flags(prompts: Path, tmp_path: Path) -> None:

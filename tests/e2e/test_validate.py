@@ -78,7 +78,7 @@ def test_a_checkpoint_and_its_export_measure_the_same(
     assert "3 prompts, 3 steps, up to 6 new tokens each" in done.out
     assert "lossless: every greedy answer is the base's" in done.out
     values = measured(tmp_path / "load.json")
-    assert values["num_answers"] == 4
+    assert (values["num_answers"], values["osl"]) == (4, OSL)
     assert values["num_tokens"] == 4 * OSL
     assert values["categories"].keys() == {"writing", "math"}
     assert len(values["acceptance_by_position"]) == 3

@@ -61,6 +61,7 @@ def evaluation(*, is_tie: bool = True) -> Evaluation:
         baseline_tokens_per_second=20.0,
         differences=(difference,),
         is_lossless=is_tie,
+        osl=6,
     )
 
 

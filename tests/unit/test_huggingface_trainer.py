@@ -245,9 +245,17 @@ def test_the_collator_marks_the_rows_that_count() -> None:
 
 
 def test_figures_are_logged(base_dir: Path, tmp_path: Path) -> None:
-    trainer = train(base_dir, tmp_path / "out", kind=DraftTrainer, max_steps=2)
+    seen = _Seen()
+    trainer = train(base_dir, tmp_path / "out", kind=DraftTrainer, max_steps=2, collator=seen)
     entry = trainer.state.log_history[0]
     assert {"loss", "accuracy_0", "accuracy_1", "accuracy_2", "acceptance_length"} <= entry.keys()
+    base: Any = AutoModelForCausalLM.from_pretrained(base_dir)
+    own = []
+    for batch in map(DraftCollator(), seen.batches[:2]):
+        # The draft's rows are fewer than the base's.
+        del batch["shift_labels"]
+        own.append(float(base(**batch).loss.detach()))
+    assert entry["lm_loss"] == pytest.approx(sum(own) / 2, rel=1e-5)
 
 
 def test_evaluation_leaves_the_draft_alone(base_dir: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tools import serve_check
 from tools.serve_check import Served, compare, main, report
 
 COUNTERS = {"num_forwards": 40, "num_draft_tokens": 120, "num_accepted_tokens": 13, "accepted_by_step": [10, 3, 0]}
-VALIDATED = {"acceptance_length": 1.325, "acceptance_by_position": [0.25, 0.3, 0.0], "num_answers": 3}
+VALIDATED = {"acceptance_length": 1.325, "acceptance_by_position": [0.25, 0.3, 0.0], "num_answers": 3, "osl": 128}
 
 
 @pytest.fixture
@@ -84,6 +84,7 @@ def test_refusals(
     served_by(monkeypatch, COUNTERS)
     monkeypatch.setattr(serve_check, "serve", lambda given, prompts: pytest.fail("served"))
     assert "has steps = 3, here it is 2" in refused([*words, "--steps", "2"], capsys)
+    assert "has osl = 128, here it is 64" in refused([*words, "--osl", "64"], capsys)
     assert "has num_answers = 3, here it is 2" in refused([*words, "--num-prompts", "1"], capsys)
     assert "cannot be read" in refused([*words, "--validated", str(tmp_path / "none.json")], capsys)
     assert "cannot be read" in refused([*words, "--draft", str(tmp_path)], capsys)
