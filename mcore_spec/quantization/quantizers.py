@@ -225,7 +225,10 @@ def _fake_quantize_rows(x: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
 
 def _blocks(x: Tensor) -> Tensor:
     """[..., n] -> [..., blocks, BLOCK], the last one filled up with zeros."""
-    return F.pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    missing = -x.shape[-1] % BLOCK
+    # torch copies where nothing is missing.
+    whole = F.pad(x, (0, missing)) if missing else x
+    return whole.unflatten(-1, (-1, BLOCK))
 
 
 class LinearQuantizer(nn.Module):
