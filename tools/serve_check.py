@@ -68,8 +68,35 @@ def method_of(draft: Path) -> str:
     return METHODS[architecture]
 
 
+def check_fits(draft: dict[str, Any], base: dict[str, Any], *, steps: int) -> None:
+    """Refuse a draft of another base, or one that proposes less, before the engine trips over it.
+
+    Args:
+        draft: its config.json.
+        base: of the base.
+        steps: tokens to propose.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    for field in ("hidden_size", "vocab_size"):
+        made_for, there = draft.get(f"target_{field}") or draft.get(field), base.get(field)
+        if None not in (made_for, there) and made_for != there:
+            raise ConfigError(
+                f"--draft is for a base with {field} = {made_for}, and --base has {there}; give the base that it was "
+                "made for"
+            )
+    num_heads = draft.get("num_heads")
+    if num_heads is not None and steps > num_heads:
+        raise ConfigError(f"--steps {steps}: the draft has {num_heads} heads, one for each token; lower it")
+
+
 def serve(given: argparse.Namespace, prompts: list[Prompt]) -> Served:
-    """Ask the engine all prompts, turn by turn."""
+    """Ask the engine all prompts, turn by turn.
+
+    Raises:
+        ConfigError: a prompt that the engine refuses.
+    """
     from vllm import LLM, SamplingParams
 
     method = method_of(given.draft)
@@ -94,7 +121,10 @@ def serve(given: argparse.Namespace, prompts: list[Prompt]) -> Served:
         asked = [index for index, prompt in enumerate(prompts) if turn < len(prompt.turns)]
         for index in asked:
             messages[index].append({"role": "user", "content": prompts[index].turns[turn]})
-        outputs = engine.chat([messages[index] for index in asked], sampling, use_tqdm=False)
+        try:
+            outputs = engine.chat([messages[index] for index in asked], sampling, use_tqdm=False)
+        except ValueError as error:
+            raise ConfigError(f"vLLM refuses the prompts ({error}); shorten them, or raise --max-model-len") from error
         for index, output in zip(asked, outputs, strict=True):
             messages[index].append({"role": "assistant", "content": output.outputs[0].text})
             answers.append(list(output.outputs[0].token_ids))
@@ -129,22 +159,26 @@ def report(served: Served) -> dict[str, Any]:
     }
 
 
-def check_validated(validated: dict[str, Any], prompts: list[Prompt], *, steps: int, osl: int, where: Path) -> None:
+def check_validated(validated: dict[str, Any], prompts: list[Prompt], given: argparse.Namespace) -> None:
     """Refuse figures of another measurement, before anything is served.
 
     Raises:
-        ConfigError: other prompts, steps or lengths of answers, or no acceptance length.
+        ConfigError: other prompts, another way to answer them than `serve` has, or no acceptance length.
     """
-    num_answers = sum(len(prompt.turns) for prompt in prompts)
+    where, num_answers = given.validated, sum(len(prompt.turns) for prompt in prompts)
     for field, theirs, ours in (
         ("num_answers", validated.get("num_answers"), num_answers),
-        ("steps", len(validated.get("acceptance_by_position") or ()), steps),
-        ("osl", validated.get("osl"), osl),
+        ("steps", len(validated.get("acceptance_by_position") or ()), given.steps),
+        ("osl", validated.get("osl"), given.osl),
+        ("dtype", validated.get("dtype"), given.dtype),
+        ("temperature", validated.get("temperature"), 0.0),
+        ("acceptance", validated.get("acceptance"), "exact"),
+        ("proposals", validated.get("proposals"), "chain"),
     ):
         if theirs != ours:
             raise ConfigError(
                 f"--validated {where} has {field} = {theirs}, here it is {ours}: it is another measurement; "
-                "run validate with the same prompts, --steps and --osl"
+                "run validate with the same prompts, --steps, --osl and dtype, greedily, exact, without a tree"
             )
     if validated.get("acceptance_length") is None:
         raise ConfigError(f"--validated {where} has no acceptance length; run validate with a larger --osl")
@@ -185,13 +219,14 @@ def run(given: argparse.Namespace) -> int:
     Raises:
         McoreSpecError: input that cannot be used.
     """
-    read_json(given.base / "config.json", "--base")
+    base = read_json(given.base / "config.json", "--base")
     method_of(given.draft)
+    check_fits(read_json(given.draft / "config.json", "--draft"), base, steps=given.steps)
     prompts = list(islice(read_prompts(given.prompts_path), given.num_prompts))
     validated = None
     if given.validated is not None:
         validated = read_json(given.validated, "--validated")
-        check_validated(validated, prompts, steps=given.steps, osl=given.osl, where=given.validated)
+        check_validated(validated, prompts, given)
     if not has_vllm():
         raise ConfigError(HOW)
     served = serve(given, prompts)

@@ -28,8 +28,15 @@ learned=()
 [[ -z "$mode" ]] || learned+=(--mode "$mode")
 [[ -z "$offline_data" ]] || learned+=(--offline_data "$offline_data")
 
+((num_gpu % cp_size == 0)) ||
+    fail "--cp_size $cp_size does not divide --num_gpu $num_gpu, the processes that share a sequence; choose one that does"
 is_sharded=""
-[[ "$cp_size" == 1 && "$use_fsdp" != True ]] || is_sharded=yes
+case "${use_fsdp,,}" in
+    true) is_sharded=yes ;;
+    false) ;;
+    *) fail "--use_fsdp $use_fsdp: give True or False" ;;
+esac
+[[ "$cp_size" == 1 ]] || is_sharded=yes
 launch=()
 training=(--report_to none --save_strategy epoch --logging_steps 10 --warmup_steps 0.03 --lr_scheduler_type cosine)
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

@@ -52,6 +52,11 @@ class Settings:
     typical: TypicalAcceptance | None = None
     compares: bool = True
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the answers are meant to be the base's; with typical acceptance they are not."""
+        return self.typical is None
+
 
 class Speed(NamedTuple):
     """Tokens behind the first of each answer, and the seconds they took on one rank."""
@@ -87,8 +92,8 @@ class Evaluation(NamedTuple):
         baseline_tokens_per_second: of the base alone, in the same batches; ``None`` where it was not run.
         differences: of greedy answers with and without the draft, faults and ties.
         is_lossless: whether there is no fault; ``None`` where nothing was compared.
-        osl: most new tokens of an answer.
-        is_exact: whether the answers are meant to be the base's; with typical acceptance they are not.
+        settings: of the answers.
+        dtype: in which base and draft computed, by torch's name.
     """
 
     overall: Acceptance
@@ -97,8 +102,8 @@ class Evaluation(NamedTuple):
     baseline_tokens_per_second: float | None
     differences: tuple[Difference, ...]
     is_lossless: bool | None
-    osl: int
-    is_exact: bool = True
+    settings: Settings
+    dtype: str
 
     @property
     def faults(self) -> list[Difference]:
@@ -245,8 +250,7 @@ class Evaluator:
         }
         differences = tuple(each for share in shares for each in share.differences)
         plain = [share.plain for share in shares if share.plain is not None]
-        is_exact = self.settings.typical is None
-        is_compared = self.plain is not None and self.settings.temperature == 0 and is_exact
+        is_compared = self.plain is not None and self.settings.temperature == 0 and self.settings.is_exact
         return Evaluation(
             overall=Acceptance.total(list(by_category.values())),
             by_category=by_category,
@@ -254,8 +258,8 @@ class Evaluator:
             baseline_tokens_per_second=sum(_rate(each) for each in plain) if self.plain is not None else None,
             differences=differences,
             is_lossless=all(each.is_tie for each in differences) if is_compared else None,
-            osl=self.settings.osl,
-            is_exact=is_exact,
+            settings=self.settings,
+            dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
         )
 
 

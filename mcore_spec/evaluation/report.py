@@ -15,11 +15,15 @@ OVERALL = "all"
 
 def to_json(evaluation: Evaluation) -> dict[str, Any]:
     """Plain values; ratios without a denominator are null."""
+    settings = evaluation.settings
     return {
         **_counts(evaluation.overall),
-        "acceptance": "exact" if evaluation.is_exact else "typical",
+        "acceptance": "exact" if settings.is_exact else "typical",
+        "proposals": "chain" if settings.topology.is_chain else "tree",
+        "temperature": settings.temperature,
+        "osl": settings.osl,
+        "dtype": evaluation.dtype,
         "lossless": evaluation.is_lossless,
-        "osl": evaluation.osl,
         "num_ties": sum(each.is_tie for each in evaluation.differences),
         "tokens_per_second": evaluation.tokens_per_second,
         "baseline_tokens_per_second": evaluation.baseline_tokens_per_second,
@@ -102,7 +106,7 @@ def _describe_speed(evaluation: Evaluation) -> str:
 
 
 def _describe_differences(evaluation: Evaluation) -> list[str]:
-    if not evaluation.is_exact:
+    if not evaluation.settings.is_exact:
         return ["typical acceptance: the answers are not those of the base alone"]
     if evaluation.is_lossless is None:
         return []

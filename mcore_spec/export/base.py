@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from mcore_spec.bases.megatron import MegatronBase
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.config.quantization import QuantFormat
+from mcore_spec.errors import UnsupportedError
 from mcore_spec.export.directory import atomic_directory
 from mcore_spec.export.draft import plan_draft, write_draft
 from mcore_spec.export.plan import FORMATS_WITH_BASE, ExportFormat, exported_record
@@ -60,6 +61,11 @@ def export_base_and_draft(
     planned = plan_draft(model, record, export_format, quant_format=quant_format) if has_draft else None
     quantized = quantized_base(model, record, quant_format or DEFAULT_FORM)
     encodings = quantized.encodings
+    if has_draft and export_format in FORMATS_WITH_BASE and quantized.config:
+        raise UnsupportedError(
+            f"export_format = {export_format!r} of a quantised base: its declaration would cover the draft's layer, "
+            "which lies among the base's and has no scales; choose hf, or export the checkpoint before quantising"
+        )
     is_writing = group_rank(model.pg_collection.dp_cp) == 0
     with atomic_directory(directory, record=record, overwrite=overwrite) as partial:
         run_on_every_rank(

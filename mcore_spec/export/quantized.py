@@ -112,12 +112,12 @@ def quantized_draft(
         if isinstance(module, ShardedLinear)
     }
     meant = [name for name in linears if is_meant(name, recipe)]
-    if not meant and recipe.kv_cache is None:
+    if not meant:
         return UNQUANTIZED
     if not plan.can_be_quantized:
         raise UnsupportedError(
             f"{draft.label} in this form: engines read no scales there; quantise the base alone (--quant-exclude "
-            f"'{child}.*', without --export-kv-cache-quant), or choose --export-format hf for a draft that has one"
+            f"'{child}.*'), or choose --export-format hf for a draft that has one"
         )
     excluded = [stored.removesuffix(_WEIGHT) for name, (_, stored) in linears.items() if name not in meant]
     if any("." in name for name in excluded):
@@ -127,6 +127,9 @@ def quantized_draft(
         )
     _check_widths(quantization.record, {name: linears[name][0].in_features for name in meant})
     stored = {name: (weight,) for name, (_, weight) in linears.items()}
+    if form == "compressed-tensors":
+        # vLLM compares whole names, and in its draft such a map is one of `model`.
+        excluded += [f"model.{name}" for name in excluded]
     return _declared(quantization, stored, [_HEAD, *excluded], form)
 
 

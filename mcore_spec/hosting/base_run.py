@@ -116,7 +116,13 @@ def _rows(base: TransformersBase, batch: TokenBatch) -> TokenRows:
     config = base.model.config
     pad, end = config.pad_token_id, config.eos_token_id
     ends = frozenset(end if isinstance(end, list | tuple) else [] if end is None else [end])
-    return read_rows(batch, vocab_size=base.architecture.vocab_size, pad_token_id=pad, end_token_ids=ends)
+    return read_rows(
+        batch,
+        vocab_size=base.architecture.vocab_size,
+        pad_token_id=pad,
+        end_token_ids=ends,
+        max_positions=base.architecture.max_position_embeddings,
+    )
 
 
 def _pack(base: TransformersBase, rows: TokenRows, task: Task, group: Group) -> Batch:

@@ -69,7 +69,12 @@ class TokenRows:
 
 
 def read_rows(
-    batch: TokenBatch, *, vocab_size: int, pad_token_id: int | None, end_token_ids: frozenset[int]
+    batch: TokenBatch,
+    *,
+    vocab_size: int,
+    pad_token_id: int | None,
+    end_token_ids: frozenset[int],
+    max_positions: int,
 ) -> TokenRows:
     """Documents of a batch; its tensors are copied to the host once.
 
@@ -78,14 +83,16 @@ def read_rows(
         vocab_size: of the model.
         pad_token_id: of the model, to notice padding that nothing marks.
         end_token_ids: of the model; a sequence may end in one of them.
+        max_positions: of the model.
 
     Raises:
-        ConfigError: tokens that the model does not have, padding without a mask, a mask with holes, positions that
+        ConfigError: tokens that the model does not have, more of them than it has positions, padding without a mask, a
+            mask with holes or of other numbers than 0 and 1, positions that
             neither go on nor restart, labels that
             are not the tokens, or nothing but padding.
     """
     token_ids, labels = (tensor.cpu().numpy().astype(np.int64) for tensor in (batch.input_ids, batch.labels))
-    mask = None if batch.attention_mask is None else batch.attention_mask.cpu().numpy() != 0
+    mask = None if batch.attention_mask is None else _read_mask(batch.attention_mask)
     positions = None if batch.position_ids is None else batch.position_ids.cpu().numpy()
     has_label = labels != NO_LABEL
     wrong = np.argwhere(has_label & (labels != token_ids))
@@ -110,11 +117,30 @@ def read_rows(
     documents, places = [], []
     for row in range(len(token_ids)):
         for start, stop in _documents_of(row, token_ids.shape[1], mask, positions):
+            if stop - start > max_positions:
+                raise ConfigError(
+                    f"input_ids[{row}] has {stop - start} tokens in a document, and the model has {max_positions} "
+                    "positions; cut them"
+                )
             documents.append(Document(token_ids[row, start:stop], has_label[row, start:stop]))
             places.append(np.arange(start, stop) + row * token_ids.shape[1])
     if not documents:
         raise ConfigError("attention_mask is 0 everywhere: the batch is padding alone; leave such batches out")
     return TokenRows(documents=documents, places=np.concatenate(places))
+
+
+def _read_mask(attention_mask: Tensor) -> np.ndarray:
+    """Where a token is, bool [b, s]."""
+    values = attention_mask.cpu().numpy()
+    odd = np.argwhere((values != 0) & (values != 1))
+    if len(odd):
+        row, place = odd[0]
+        raise ConfigError(
+            f"attention_mask[{row}, {place}] = {values[row, place]}; give 1 for a token and 0 for padding, and "
+            "position_ids that restart at 0 where a row holds several documents"
+        )
+    mask: np.ndarray = values != 0
+    return mask
 
 
 def _refuse_unmarked_padding(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -21,15 +22,20 @@ from mcore_spec.data.hidden_states.fit import check_tokenizer_of, open_states
 from mcore_spec.data.store import TokenStore, build_token_store
 from mcore_spec.drafts.vocab_map import load_draft_to_target
 from mcore_spec.errors import CheckpointError, ConfigError
+from mcore_spec.export.modules import record_of_model_directory
 from mcore_spec.hosting.base_run import TRAINS_BASE
-from mcore_spec.hosting.key import CONFIG_KEY, QUANTIZATION_KEY, RATES
+from mcore_spec.hosting.key import CONFIG_KEY, DATA, QUANTIZATION_KEY, RATES
 from mcore_spec.huggingface.arguments import DEFAULT_MODE, DraftArguments
 from mcore_spec.huggingface.checkpointing import load_model
 from mcore_spec.huggingface.data import ConversationDataset, DraftCollator
 from mcore_spec.huggingface.offline import StatesCollator, StatesDataset
+from mcore_spec.huggingface.record import fingerprints, trains_base
 from mcore_spec.huggingface.trainer import DraftTrainer
 from mcore_spec.weights.base_directory import find_base
 from mcore_spec.weights.hf_config import locate, read_hf_config
+
+# Beginnings of the names of files in a checkpoint that its model has no part in.
+_OF_A_RUN = ("optimizer", "scheduler", "scaler", "rng_state")
 
 
 def run(arguments: DraftArguments, training: TrainingArguments, *, say: Callable[[str], None]) -> None:
@@ -56,6 +62,8 @@ def run(arguments: DraftArguments, training: TrainingArguments, *, say: Callable
     tokenizer = load_tokenizer(directory)
     model = load_model(directory, dtype=_dtype(arguments))
     model.config.name_or_path = arguments.model_name_or_path
+    if arguments.data_path:
+        _check_length(arguments, model)
     vocab_size = model.config.vocab_size
     learned = conversion_of(model)
     if learned is not None:
@@ -81,7 +89,8 @@ def run(arguments: DraftArguments, training: TrainingArguments, *, say: Callable
         return made
 
     if arguments.data_path:
-        data = Data(ConversationDataset(store("data", arguments.data_path)), DraftCollator())
+        learned_from = store("data", arguments.data_path)
+        data = Data(ConversationDataset(learned_from), DraftCollator(), learned_from.fingerprint)
     else:
         data = _stored(arguments, model, directory)
     if arguments.eval_data_path:
@@ -93,11 +102,22 @@ def run(arguments: DraftArguments, training: TrainingArguments, *, say: Callable
         if start is not None:
             say(f"the draft starts as the least-squares solution of {start.num_rows:,} rows (--fit_start)")
     else:
-        _go_on_from(checkpoint, model)
+        _go_on_from(checkpoint, model, data)
         say(f"goes on from {checkpoint}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_state()
-    trainer.save_model(str(output))
+    vars(model.config)[CONFIG_KEY][DATA] = data.fingerprint
+    done = 0 if checkpoint is None else _num_steps(checkpoint)
+    if checkpoint is not None and 0 < training.max_steps <= done:
+        # Trainer would train one step more.
+        best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
+        if trainer.is_world_process_zero():
+            _write_trained(Path(best) if training.load_best_model_at_end and best else checkpoint, output)
+            shutil.copy2(checkpoint / TRAINER_STATE_NAME, output)
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_state()
+        trainer.save_model(str(output))
+    if checkpoint is not None and trainer.state.global_step in (0, done):
+        say(f"all {done} steps were done before; raise --num_train_epochs or --max_steps to go on")
 
 
 def _check_arguments(arguments: DraftArguments, training: TrainingArguments) -> None:
@@ -117,6 +137,19 @@ def _check_arguments(arguments: DraftArguments, training: TrainingArguments) -> 
         raise ConfigError(
             f"--num_train_epochs = {training.num_train_epochs}: nothing would be learned; give more than 0, or "
             "--max_steps"
+        )
+
+
+def _check_length(arguments: DraftArguments, model: PreTrainedModel) -> None:
+    """Refuse conversations that the base has no positions for.
+
+    Raises:
+        ConfigError: names both.
+    """
+    positions = TransformersBase(model).architecture.max_position_embeddings
+    if arguments.training_seq_len > positions:
+        raise ConfigError(
+            f"--training_seq_len {arguments.training_seq_len} is above the base's {positions} positions; lower it"
         )
 
 
@@ -160,20 +193,30 @@ def _find_output(arguments: DraftArguments, training: TrainingArguments) -> Path
 
 def _newest_checkpoint(output: Path) -> Path | None:
     """The last one that is whole: Trainer writes its state last, and a run that was killed may have left others."""
-    whole = {
-        int(file.parent.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")): file.parent
-        for file in output.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*/{TRAINER_STATE_NAME}")
-    }
-    return whole[max(whole)] if whole else None
+    whole = [file.parent for file in output.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*/{TRAINER_STATE_NAME}")]
+    return max(whole, key=_num_steps, default=None)
 
 
-def _go_on_from(checkpoint: Path, model: PreTrainedModel) -> None:
+def _num_steps(checkpoint: Path) -> int:
+    """Steps behind which it was written."""
+    return int(checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
+
+
+def _write_trained(checkpoint: Path, output: Path) -> None:
+    """Put out the model of a checkpoint, without what only a run that goes on reads."""
+    for file in checkpoint.iterdir():
+        if file.is_file() and not file.name.startswith(_OF_A_RUN):
+            shutil.copy2(file, output)
+
+
+def _go_on_from(checkpoint: Path, model: PreTrainedModel, data: Data) -> None:
     """Take over what the configuration there says of the run's start.
 
-    Another draft is refused: Trainer would leave out tensors of other names without an error.
+    Another draft is refused, whose tensors of other names Trainer would leave out without an error, and another base,
+    over which Trainer would load the one there.
 
     Raises:
-        CheckpointError: another algorithm or configuration.
+        CheckpointError: another algorithm or configuration, another base, or other data.
     """
     written = read_hf_config(checkpoint)
     recorded = written.get(CONFIG_KEY, {})
@@ -182,6 +225,19 @@ def _go_on_from(checkpoint: Path, model: PreTrainedModel) -> None:
     if any(recorded.get(name) != own[name] for name in ("algorithm", "config")):
         raise CheckpointError(
             f"{checkpoint} is of a run that trains another draft than --mode and --eagle_config say; {remedy}"
+        )
+    conversion, found = conversion_of(model), record_of_model_directory(checkpoint)
+    assert conversion is not None, "the model was converted"
+    assert found is not None, "its configuration was just compared"
+    bases = fingerprints(TransformersBase(model))
+    if bases and not trains_base(conversion) and found.record.identity.fingerprint not in bases:
+        raise CheckpointError(
+            f"{checkpoint} is of a run on another base than --model_name_or_path, or in another dtype; {remedy}"
+        )
+    if recorded.get(DATA, data.fingerprint) != data.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} is of a run that learns from other data, or from the same with another --training_seq_len "
+            f"or tokenizer; {remedy}"
         )
     if RATES in recorded:
         own[RATES] = recorded[RATES]
@@ -208,10 +264,18 @@ def _mode(mode: str, file: ConfigFile) -> list[tuple[str, Any]]:
 
 
 class Data(NamedTuple):
-    """What is learned from, how it is made into batches, and what is measured on between, if anything is."""
+    """What is learned from.
+
+    Attributes:
+        dataset: its documents.
+        collator: makes them into batches.
+        fingerprint: of what they are and of their order.
+        measured: what is measured on between; ``None``: nothing is.
+    """
 
     dataset: Dataset[Any]
     collator: DraftCollator | StatesCollator
+    fingerprint: str
     measured: ConversationDataset | None = None
 
 
@@ -231,7 +295,8 @@ def _stored(arguments: DraftArguments, model: PreTrainedModel, directory: Path) 
     base = find_base(str(directory), field="model_name_or_path")
     store = open_states(path, base.architecture, base.identity, aux_layer_ids=task.aux_layer_ids, name=name)
     check_tokenizer_of(store, directory, name=name)
-    return Data(StatesDataset(store, TransformersBase(model), aux_layer_ids=task.aux_layer_ids), StatesCollator())
+    states = StatesDataset(store, TransformersBase(model), aux_layer_ids=task.aux_layer_ids)
+    return Data(states, StatesCollator(), store.fingerprint)
 
 
 def _trainer(model: PreTrainedModel, tokenizer: Tokenizer, training: TrainingArguments, data: Data) -> DraftTrainer:

@@ -82,7 +82,13 @@ def _measure_weights(quantization: Quantization) -> None:
 
     def check() -> None:
         for target, _, amax in measured:
-            _check_finite(f"the weight of {target.name}", torch.cat([each.flatten() for each in amax]))
+            largest = torch.cat([each.flatten() for each in amax])
+            _check_finite(f"the weight of {target.name}", largest)
+            if target.weight.requires_grad and not bool(largest.any()):
+                raise ConfigError(
+                    f"the weight of {target.name} is zero everywhere, and has no size to be rounded by; train the "
+                    "draft first, or leave it out (--quant-exclude)"
+                )
 
     run_on_every_rank(check)
     joined: dict[str, Tensor] = {}
@@ -116,6 +122,7 @@ def _calibrate(model: nn.Module, quantization: Quantization, forward_loop: Forwa
     if method != "max":
         histograms = [Histogram(each) for each in chosen]
         _run(model, forward_loop, places, histograms)
+        run_on_every_rank(lambda: _check_seen_again(places, observers, histograms))
         for group in groups:
             for histogram in histograms:
                 if group_size(group) > 1:
@@ -126,6 +133,18 @@ def _calibrate(model: nn.Module, quantization: Quantization, forward_loop: Forwa
         ]
     for (_, quantizer), each in zip(places, chosen, strict=True):
         quantizer.set_amax(each)
+
+
+def _check_seen_again(
+    places: list[tuple[str, ActivationQuantizer]], before: list[Largest], again: list[Histogram]
+) -> None:
+    """Refuse conversations that run once, such as an iterator: of nothing no cut can be chosen."""
+    for (name, _), largest, histogram in zip(places, before, again, strict=True):
+        if histogram.counts.sum() != largest.num_seen:
+            raise ConfigError(
+                f"calibration: {name} had {largest.num_seen:,} values and {int(histogram.counts.sum()):,} when the "
+                "conversations ran a second time; forward_loop is called twice: let it begin anew"
+            )
 
 
 def _run(

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mcore_spec.config.quantization import GradientScaling, Scheme
+from mcore_spec.config.quantization import GradientScaling, QuantizationRecord, Scheme
 from mcore_spec.parallel.collectives import Group
 from mcore_spec.quantization.numbers import encode, scale_of
 from mcore_spec.quantization.scales import reduce_max
+from mcore_spec.quantization.targets import Target
 
 # Steps whose largest gradients a delayed scale comes from.
 HISTORY = 16
@@ -71,3 +72,13 @@ class GradientQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """The scheme."""
         return f"{self.scheme}, {self.scaling}"
+
+
+def gradient_quantizer(target: Target, record: QuantizationRecord) -> GradientQuantizer | None:
+    """Of the gradient of a linear map's output, in a run whose linear maps multiply FP8 numbers."""
+    if record.gradient_scaling is None:
+        return None
+    group = target.tp.group if target.cut == 0 else None
+    return GradientQuantizer(
+        record.recipe.gradient, device=target.weight.device, group=group, scaling=record.gradient_scaling
+    )

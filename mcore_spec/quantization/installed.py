@@ -20,7 +20,7 @@ from mcore_spec.bases.megatron_layers import CausalAttention
 from mcore_spec.bases.transformers import TransformersBase
 from mcore_spec.config.quantization import QuantizationRecord
 from mcore_spec.conversion import Quantized, as_base
-from mcore_spec.errors import ConfigError
+from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.hosting.install import record_quantization
 from mcore_spec.layers.attention import KeyValue, Places, Rows
 from mcore_spec.layers.linear import ShardedLinear
@@ -30,7 +30,7 @@ from mcore_spec.parallel.layout import run_on_every_rank
 from mcore_spec.parallel.sharding import sharded_state_dict
 from mcore_spec.parallel.tensor_parallel import TensorParallel
 from mcore_spec.quantization.emulated import rounded_linear
-from mcore_spec.quantization.gradients import GradientQuantizer
+from mcore_spec.quantization.gradients import gradient_quantizer
 from mcore_spec.quantization.learned import add_learned_scales
 from mcore_spec.quantization.products import multiply
 from mcore_spec.quantization.quantizers import (
@@ -39,7 +39,14 @@ from mcore_spec.quantization.quantizers import (
     LinearQuantizer,
     WeightQuantizer,
 )
-from mcore_spec.quantization.targets import AttentionTarget, Target, attention_targets, linear_targets, select
+from mcore_spec.quantization.targets import (
+    AttentionTarget,
+    Target,
+    attention_targets,
+    declarable,
+    linear_targets,
+    select,
+)
 
 # Begins the names of the scales where weights are saved.
 CHILD = "quantization"
@@ -165,6 +172,7 @@ def install(model: nn.Module, record: QuantizationRecord) -> Quantization:
     found = run_on_every_rank(lambda: linear_targets(model))
     attentions = [] if recipe.kv_cache is None else run_on_every_rank(lambda: attention_targets(model))
     chosen = select(found, recipe)
+    attentions = declarable(attentions, chosen, as_base(model).draft())
     quantizers = run_on_every_rank(lambda: [_linear_quantizer(target, record) for target in chosen])
     base = as_base(model)
     quantization = Quantization(record, tp=base.tp)
@@ -183,6 +191,8 @@ def install(model: nn.Module, record: QuantizationRecord) -> Quantization:
         draft = base.draft()
         if draft is not None:
             add_learned_scales(draft, quantization.linear_quantizers(), quantization.attention_quantizers())
+            # Until `learn_scales` says that they go on.
+            quantization.requires_grad_(False)
     if isinstance(base, TransformersBase):
         record_quantization(base, record)
     return quantization
@@ -190,6 +200,10 @@ def install(model: nn.Module, record: QuantizationRecord) -> Quantization:
 
 def _linear_quantizer(target: Target, record: QuantizationRecord) -> LinearQuantizer:
     weight, name, recipe = target.weight, target.name, record.recipe
+    if weight.is_meta:
+        raise UnsupportedError(
+            f"{name} is offloaded, and its scales lie with its weight; load the model without offloading"
+        )
     activation = ActivationQuantizer(
         recipe.activation,
         device=weight.device,
@@ -199,16 +213,6 @@ def _linear_quantizer(target: Target, record: QuantizationRecord) -> LinearQuant
     )
     of_weight = WeightQuantizer(recipe.weight, weight, cut=target.cut, tp=target.tp, parts=target.parts, name=name)
     return LinearQuantizer(of_weight, activation, gradient_quantizer(target, record))
-
-
-def gradient_quantizer(target: Target, record: QuantizationRecord) -> GradientQuantizer | None:
-    """Of the gradient of a linear map's output, in a run whose linear maps multiply FP8 numbers."""
-    if record.gradient_scaling is None:
-        return None
-    group = target.tp.group if target.cut == 0 else None
-    return GradientQuantizer(
-        record.recipe.gradient, device=target.weight.device, group=group, scaling=record.gradient_scaling
-    )
 
 
 def remove(model: nn.Module) -> None:

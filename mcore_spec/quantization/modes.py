@@ -10,8 +10,8 @@ from mcore_spec.conversion import as_base
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.parallel.float8 import MULTIPLE, float8_product
 from mcore_spec.parallel.layout import run_on_every_rank
-from mcore_spec.quantization.gradients import GradientQuantizer
-from mcore_spec.quantization.installed import Quantization, gradient_quantizer, quantization_of
+from mcore_spec.quantization.gradients import GradientQuantizer, gradient_quantizer
+from mcore_spec.quantization.installed import Quantization, quantization_of
 from mcore_spec.quantization.learned import add_learned_scales
 from mcore_spec.quantization.scales import reduce_max
 from mcore_spec.quantization.targets import groups_of

@@ -1,8 +1,9 @@
 """The numbers that stand for others, and rounding to them with a gradient.
 
-A value x with scale s becomes s q, q the nearest of the numbers to x / s; what is beyond the largest number becomes the
-largest. The gradient passes through the rounding as if it were not there and stops where it cut (Bengio et al., arXiv
-1308.3432); the scale's gradient is that of learned step sizes (Esser et al., arXiv 1902.08153).
+A value x with scale s becomes s q, q the nearest of the numbers to x / s; what is beyond the largest number, infinity
+too, becomes the largest, as in engines; NaN stays NaN. The gradient passes through the rounding as if it were not there
+and stops where it cut (Bengio et al., arXiv 1308.3432); the scale's gradient is that of learned step sizes (Esser et
+al., arXiv 1902.08153).
 """
 
 from __future__ import annotations

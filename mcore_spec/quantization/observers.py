@@ -25,7 +25,7 @@ class Observer(Protocol):
 
 
 class Largest:
-    """The largest absolute value."""
+    """The largest absolute value, and how many there were."""
 
     def __init__(self, device: torch.device) -> None:
         """Nothing was seen.
@@ -40,7 +40,7 @@ class Largest:
         """NaN stays NaN."""
         if x.numel():
             self.amax = torch.maximum(self.amax, x.abs().amax().to(torch.float32))
-            self.num_seen += 1
+            self.num_seen += x.numel()
 
 
 class Histogram:

@@ -42,6 +42,16 @@ class Scales(nn.Module):
         for index, shape in enumerate(shapes):
             self.register_buffer(f"{_SCALE}_{index}", torch.ones(shape, dtype=torch.float32, device=device))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Scales:
+        """Move with the model; scales stay what they are where its dtype becomes a shorter one."""
+        before = self.stored()
+        super()._apply(fn, recurse)
+        for name, scale in zip(self.names(), before, strict=True):
+            moved = self.get_buffer(name)
+            if moved.dtype.itemsize < scale.dtype.itemsize:
+                self.register_buffer(name, scale.to(moved.device))
+        return self
+
     def scale_shard(self) -> Shard:
         """How each scale is cut over the tensor-parallel group."""
         return Shard(None)

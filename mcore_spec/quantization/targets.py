@@ -185,6 +185,16 @@ def select(targets: Sequence[Target], recipe: Recipe) -> list[Target]:
     return [target for target in targets if is_meant(target.name, recipe)]
 
 
+def declarable(
+    attentions: Sequence[AttentionTarget], linears: Sequence[Target], draft: nn.Module | None
+) -> list[AttentionTarget]:
+    """Without the draft's where none of its linear maps is quantised: its directory would declare nothing."""
+    own = set() if draft is None else {id(module) for module in draft.modules()}
+    if any(id(target.module) in own for target in linears):
+        return list(attentions)
+    return [attention for attention in attentions if id(attention.module) not in own]
+
+
 def family_of(name: str) -> str:
     """The same for linear maps that engines join into one."""
     parent, _, own = name.rpartition(".")

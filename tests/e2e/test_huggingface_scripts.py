@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import mcore_spec
@@ -126,7 +127,11 @@ def test_stored_hidden_states(run: Run, base: Path, data: Path, tmp_path: Path) 
         (["--eval_strategy", "epoch"], "--eval_strategy and --eval_data_path need each other"),
         (["--lerning_rate", "1"], "error: --lerning_rate: unknown option; did you mean --learning_rate?"),
         (["--num_train_epochs", "0"], "--num_train_epochs = 0.0: nothing would be learned"),
-        (["--mode", "medusa", "--fit_start", "2"], "fit_start = 2: this draft has no such start"),
+        (["--training_seq_len", "257"], "--training_seq_len 257 is above the base's 256 positions; lower it"),
+        (
+            ["--mode", "medusa", "--fit_start", "2", "--training_seq_len", "64"],
+            "fit_start = 2: this draft has no such start",
+        ),
     ],
 )
 def test_bad_input(
@@ -164,8 +169,31 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint(base: Path, conversations:
     assert (out / "config.json").read_text() == config
     with WeightDirectory(out) as trained:
         assert trained.fingerprint() == expected
+    done = [
+        said[0],
+        f"goes on from {out / 'checkpoint-2'}",
+        "all 2 steps were done before; raise --num_train_epochs or --max_steps",
+    ]
+    assert [line.partition(" to go on")[0] for line in short_run(base, conversations, out)] == done
+    # What a kill behind the last checkpoint leaves is made up for.
+    (out / "model.safetensors").unlink()
+    assert short_run(base, conversations, out)[-1].startswith("all 2 steps were done before")
+    epochs = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 3}
+    assert short_run(base, conversations, tmp_path / "epochs", **epochs)[-1].startswith("the draft starts")
+    said_then = short_run(base, conversations, tmp_path / "epochs", **epochs)
+    assert said_then[-1].startswith("all 2 steps were done before")
     with pytest.raises(CheckpointError, match="trains another draft than --mode and --eagle_config say"):
         short_run(base, conversations, out, mode="medusa")
+    with pytest.raises(CheckpointError, match="other data, or from the same with another --training_seq_len"):
+        short_run(base, conversations, out, training_seq_len=63)
+    other = shutil.copytree(base, tmp_path / "other")
+    with WeightDirectory(base) as weights:
+        tensors = {name: weights.read(name) for name in weights.tensors}
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1}, other / "model.safetensors")
+    with pytest.raises(CheckpointError, match="checkpoint-2 is of a run on another base than --model_name_or_path"):
+        short_run(other, conversations, out)
+    with WeightDirectory(out) as trained:
+        assert trained.fingerprint() == expected
 
 
 def test_a_run_is_measured_between(base: Path, conversations: Path, tmp_path: Path) -> None:
@@ -310,9 +338,12 @@ def test_scales_in_the_other_form(run_script: Run, quantised: Path, tmp_path: Pa
         (("--num_gpu", "two"), "--num_gpu two: give a whole number"),
         (("--num_epochs", -1), "--num_epochs -1: nothing would be learned"),
         (("--num_epochs", "0.0"), "--num_epochs 0.0: nothing would be learned"),
+        (("--use_fsdp", "yes"), "--use_fsdp yes: give True or False"),
+        (("--use_fsdp", "true"), "--use_fsdp True and --cp_size above 1 need GPUs"),
+        (("--num_gpu", 3, "--cp_size", 2), "--cp_size 2 does not divide --num_gpu 3"),
     ],
 )
-def test_launch_of_nothing(option: tuple[str, object], message: str) -> None:
+def test_what_is_not_launched(option: tuple[object, ...], message: str) -> None:
     done = start(["bash", SCRIPTS / "launch_train.sh", "--model", "m", "--output_dir", "o", "--data", "d", *option])
     assert done.returncode == 2 and done.stderr.startswith(f"error: {message}")
 
@@ -323,6 +354,32 @@ def test_what_the_program_refuses_the_script_refuses(base: Path, conversations: 
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: --eval_strategy and --eval_data_path need each other")
     assert not (tmp_path / "out").exists()
+
+
+def test_every_file_is_learned_from(tmp_path: Path) -> None:
+    """What the one-line script starts, by an interpreter that only notes its arguments."""
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(f'#!/bin/bash\n[[ "$1" == -c ]] && exec {sys.executable} "$@"\necho "$@" >> {calls}\n')
+    python.chmod(0o755)
+    (tmp_path / "base").mkdir()
+
+    def begin(*words: object) -> subprocess.CompletedProcess[str]:
+        command = ["bash", SCRIPTS / "train_eagle3_and_export.sh", "--base_model", tmp_path / "base", *words]
+        environment = {**subprocess_environment(), "PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            [str(word) for word in command], env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    assert begin("--data", "a", "--data=b", "--output_dir", tmp_path / "out").returncode == 0
+    trained, validated, exported = calls.read_text().splitlines()
+    assert " --data_path a b --mode eagle3 " in trained and trained.startswith(f"{SCRIPTS}/main.py ")
+    assert validated.startswith(f"{SCRIPTS}/ar_validate.py --model_path {tmp_path}/out/model")
+    assert exported.startswith(f"{SCRIPTS}/export_hf_checkpoint.py --model_path {tmp_path}/out/model")
+    # Nothing is trained that could not be validated behind it.
+    (tmp_path / "base" / "config.json").write_text('{"mcore_spec_quantization": {}}')
+    done = begin("--data", "a", "--output_dir", tmp_path / "other")
+    assert done.returncode == 2 and "is quantised, and is not validated here" in done.stderr
+    assert not (tmp_path / "other").exists() and len(calls.read_text().splitlines()) == 3
 
 
 def test_launch_without_its_flags() -> None:

@@ -21,6 +21,7 @@ CASES: dict[str, tuple[Mode, str, bool]] = {
     "eagle3, reduced vocabulary": (eagle_preset("eagle3"), "llama", True),
     "eagle3, whole vocabulary, tied head": (eagle_preset("eagle3"), "llama tied", False),
     "eagle1": (eagle_preset("eagle1"), "qwen3", False),
+    "eagle-mtp": (eagle_preset("eagle-mtp"), "llama", False),
     "medusa": ("medusa", "llama", False),
     "eagle3, base too, tied head": (joint_mode("eagle3"), "llama tied", False),
     "eagle1, base too, through features": (joint_mode("eagle1", eagle_train_through_features=True), "qwen3", False),

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from mcore_spec.algorithms.mtp import start_as_base_mtp
 from mcore_spec.bases.megatron import MegatronBase
+from mcore_spec.checkpoint.store import make_record
 from mcore_spec.config import eagle_preset
+from mcore_spec.config.quantization import Recipe
 from mcore_spec.conversion import conversion_of, convert
 from mcore_spec.errors import McoreSpecError
 from mcore_spec.export.base import export_base_and_draft
 from mcore_spec.export.draft import export_draft
 from mcore_spec.parallel.layout import Layout, parallel_runtime
 from mcore_spec.parallel.sharding import gather_whole, sharded_tensors
+from mcore_spec.quantization.calibrate import quantize
 from mcore_spec.weights import hf_export
 from tests.parity.export_cases import converted, import_base, module_outputs
 
@@ -31,12 +34,15 @@ def export_whole(
     max_file_bytes: int = hf_export.MAX_FILE_BYTES,
     is_refused: bool = False,
     is_alone: bool = False,
+    recipe: Recipe | None = None,
 ) -> Any:
     """Base and draft as one model; what the module computes, or the message of the refusal."""
     flags = eagle_preset("eagle-mtp")["config"]["eagle_architecture_config"]
     mode = [("eagle", {"eagle_architecture_config": {**flags, **(architecture or {})}})]
     with parallel_runtime(layout), mock.patch.object(hf_export, "MAX_FILE_BYTES", max_file_bytes):
         model, record = converted(base_directory, layout, mode, None)
+        if recipe is not None:
+            record = make_record(quantize(model, recipe), record.identity)
         try:
             if is_alone:
                 export_draft(model, record, directory, export_format="mimo")

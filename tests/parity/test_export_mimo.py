@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from mcore_spec.config import EagleConfig, eagle_preset
+from mcore_spec.config.quantization import find_recipe
 from mcore_spec.drafts.resolve import resolve_eagle
 from mcore_spec.errors import ConfigError, UnsupportedError
 from mcore_spec.parallel.layout import Layout
@@ -150,6 +151,16 @@ def test_what_the_layout_cannot_say_is_refused(
 def test_the_layer_alone_is_no_model(rank_pool: RankPool, base_directory: Path, tmp_path: Path) -> None:
     (result,) = export(rank_pool, base_directory, tmp_path / "out", Layout(), is_refused=True, is_alone=True)
     assert "export_format = 'mimo' is base and draft in one model" in result
+
+
+def test_a_quantised_base_would_declare_scales_of_the_layer(
+    rank_pool: RankPool, base_directory: Path, tmp_path: Path
+) -> None:
+    recipe = find_recipe("fp8_per_channel").model_copy(update={"exclude": ("eagle_module.*",)})
+    results = export(rank_pool, base_directory, tmp_path / "out", Layout(pipeline=2), recipe=recipe, is_refused=True)
+    for result in results:
+        assert "export_format = 'mimo' of a quantised base: its declaration would cover the draft's layer" in result
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_which_state_is_read_follows_the_base() -> None:

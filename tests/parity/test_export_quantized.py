@@ -223,8 +223,30 @@ def test_patterns_and_key_value_scales_are_declared(
         names = {f"model.layers.{layer}.{place.format(letter, letter)}" for layer in range(6)}
         assert names == {name for name in base.scales if name.endswith(f".{letter}_scale")}
         assert f"midlayer.{place.format(letter, letter)}" in draft.scales
+    # vLLM's name of it is `model.fc`: in ModelOpt's form it looks for a part of that, in the other for all of it.
+    said = json.loads((tmp_path / "out" / "draft" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert said == (["lm_head", "fc"] if form == "modelopt" else ["lm_head", "fc", "model.fc"])
     assert draft.weights["fc.weight"].dtype is torch.float64
     assert "fc" not in draft.inputs and "midlayer.mlp.up_proj" in draft.inputs
+
+
+def test_a_draft_that_is_left_out_has_no_scales(rank_pool: RankPool, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Of keys and values neither."""
+    rank_pool.run(
+        f"{CASES}:export_quantized",
+        world_size=1,
+        base_directory=bases["tiny"],
+        directory=tmp_path / "out",
+        layout=Layout(),
+        mode=EAGLE3,
+        d2t=None,
+        recipe=find_recipe("fp8").model_copy(update={"kv_cache": KV_CACHE_FP8, "exclude": ("eagle_module.*",)}),
+        form=None,
+        token_ids=TOKENS,
+    )
+    base, draft = (quantized_engine.read(tmp_path / "out" / name) for name in (".", "draft"))
+    assert any(name.endswith(".k_scale") for name in base.scales) and not draft.scales and not draft.inputs
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "draft" / "config.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mcore_spec.errors import ConfigError
-from mcore_spec.evaluation.acceptance import Evaluation
+from mcore_spec.evaluation.acceptance import Evaluation, Settings
 from mcore_spec.evaluation.choice import HeadVocabulary, draw, verify_by_rejection
 from mcore_spec.evaluation.decoding import Answer
 from mcore_spec.evaluation.lossless import Difference
@@ -61,7 +61,8 @@ def evaluation(*, is_tie: bool = True) -> Evaluation:
         baseline_tokens_per_second=20.0,
         differences=(difference,),
         is_lossless=is_tie,
-        osl=6,
+        settings=Settings(topology=Topology.chain(2), osl=6),
+        dtype="float32",
     )
 
 
@@ -92,6 +93,8 @@ def test_report_as_table_and_json(tmp_path: Path) -> None:
     assert values == to_json(evaluation())
     assert values["acceptance_length"] == 2.5
     assert values["lossless"] is True
+    measured = {"acceptance": "exact", "proposals": "chain", "temperature": 0.0, "osl": 6, "dtype": "float32"}
+    assert {name: values[name] for name in measured} == measured
     assert values["categories"]["math"]["acceptance_by_position"] == [1.0, 0.5]
 
 

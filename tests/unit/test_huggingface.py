@@ -364,6 +364,14 @@ def bad_batches() -> dict[str, tuple[dict[str, Any], str]]:
             {"input_ids": ids, "labels": ids.masked_fill(holes == 0, IGNORED), "attention_mask": holes},
             r"attention_mask\[1, 4\] = 0 between tokens",
         ),
+        "a mask that numbers documents": (
+            {"input_ids": ids, "labels": ids, "attention_mask": 1 + (torch.arange(12) >= 7).long().repeat(2, 1)},
+            r"attention_mask\[0, 7\] = 2; give 1 for a token and 0 for padding",
+        ),
+        "more tokens than positions": (
+            {"input_ids": ids.repeat(1, 6), "labels": ids.repeat(1, 6)},
+            r"input_ids\[0\] has 72 tokens in a document, and the model has 64 positions",
+        ),
         "a mask of four dimensions": (
             {"input_ids": ids, "labels": ids, "attention_mask": torch.ones(2, 1, 12, 12)},
             r"attention_mask has shape \[2, 1, 12, 12\]",

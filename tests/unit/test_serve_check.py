@@ -13,7 +13,16 @@ from tools import serve_check
 from tools.serve_check import Served, compare, main, report
 
 COUNTERS = {"num_forwards": 40, "num_draft_tokens": 120, "num_accepted_tokens": 13, "accepted_by_step": [10, 3, 0]}
-VALIDATED = {"acceptance_length": 1.325, "acceptance_by_position": [0.25, 0.3, 0.0], "num_answers": 3, "osl": 128}
+VALIDATED = {
+    "acceptance_length": 1.325,
+    "acceptance_by_position": [0.25, 0.3, 0.0],
+    "num_answers": 3,
+    "acceptance": "exact",
+    "proposals": "chain",
+    "temperature": 0.0,
+    "osl": 128,
+    "dtype": "float32",
+}
 
 
 @pytest.fixture
@@ -21,7 +30,8 @@ def words(tmp_path: Path) -> list[str]:
     """A command line that reaches the engine."""
     for name, architecture in (("base", "LlamaForCausalLM"), ("draft", "LlamaForCausalLMEagle3")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+        config = {"architectures": [architecture], "hidden_size": 32, "vocab_size": 100}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
     prompts, validated = tmp_path / "prompts.jsonl", tmp_path / "validate.json"
     prompts.write_text('{"turns": ["One?", "Two?"]}\n{"turns": ["Three?"]}\n')
     validated.write_text(json.dumps(VALIDATED))
@@ -86,6 +96,11 @@ def test_refusals(
     assert "has steps = 3, here it is 2" in refused([*words, "--steps", "2"], capsys)
     assert "has osl = 128, here it is 64" in refused([*words, "--osl", "64"], capsys)
     assert "has num_answers = 3, here it is 2" in refused([*words, "--num-prompts", "1"], capsys)
+    assert "has dtype = float32, here it is bfloat16" in refused([*words, "--dtype", "bfloat16"], capsys)
+    other = tmp_path / "other.json"
+    for field, value in (("acceptance", "typical"), ("proposals", "tree"), ("temperature", 0.7)):
+        other.write_text(json.dumps({**VALIDATED, field: value}))
+        assert f"has {field} = {value}, here it is" in refused([*words, "--validated", str(other)], capsys)
     assert "cannot be read" in refused([*words, "--validated", str(tmp_path / "none.json")], capsys)
     assert "cannot be read" in refused([*words, "--draft", str(tmp_path)], capsys)
     assert "no such file" in refused([*words, "--prompts-path", str(tmp_path / "none.jsonl")], capsys)
@@ -95,6 +110,13 @@ def test_refusals(
     assert "0 is not above 0" in capsys.readouterr().err
     monkeypatch.setattr(serve_check, "has_vllm", lambda: False)
     assert "tools/vllm_environment.sh" in refused(words, capsys)
+    for config, said in (
+        ({"hidden_size": 64}, "is for a base with hidden_size = 64, and --base has 32"),
+        ({"hidden_size": 64, "target_hidden_size": 32, "vocab_size": 90}, "is for a base with vocab_size = 90"),
+        ({"hidden_size": 32, "num_heads": 2}, "--steps 3: the draft has 2 heads"),
+    ):
+        (tmp_path / "draft" / "config.json").write_text(json.dumps({"architectures": ["MedusaModel"], **config}))
+        assert said in refused(words, capsys)
 
 
 def odd(tmp_path: Path) -> Path:

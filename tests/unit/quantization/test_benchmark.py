@@ -6,10 +6,11 @@ import statistics
 
 import pytest
 
-from mcore_spec.evaluation.acceptance import Evaluation
+from mcore_spec.evaluation.acceptance import Evaluation, Settings
 from mcore_spec.evaluation.decoding import Answer
 from mcore_spec.evaluation.report import to_json
 from mcore_spec.evaluation.statistics import Acceptance
+from mcore_spec.evaluation.tree import Topology
 from tools.benchmark.quantization import HEAD, Length, Plain, Row, table
 
 
@@ -45,7 +46,9 @@ def test_a_base_alone_has_a_perplexity() -> None:
 def test_the_error_of_a_length_is_that_of_its_passes() -> None:
     accepted = [0, 0, 1, 3, 2, 0, 1, 0]
     counted = Acceptance.of([Answer(token_ids=[7] * 15, accepted=accepted)], num_steps=3)
-    report = to_json(Evaluation(counted, {}, 1.0, None, (), None, 64))
+    report = to_json(
+        Evaluation(counted, {}, 1.0, None, (), None, Settings(topology=Topology.chain(3), osl=64), "float32")
+    )
     found = Length.of(report)
     tokens = [1 + number for number in accepted]
     assert found.tokens == pytest.approx(statistics.mean(tokens))

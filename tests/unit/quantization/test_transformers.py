@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import mcore_spec
 from mcore_spec.config.quantization import KV_CACHE_FP8, RECIPES, find_recipe
-from mcore_spec.quantization.installed import quantization_of, unquantized
-from mcore_spec.quantization.modes import round_weights
+from mcore_spec.quantization.installed import install, quantization_of, unquantized
+from mcore_spec.quantization.modes import learn_scales, round_weights
 from tests.reference import quantized_engine
 from tests.tiny import VOCAB_SIZE, write_hf_model
 
@@ -25,9 +25,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_hf_model(tmp_path_factory.mktemp("base"), "llama", tied=False)
 
 
-def drafted(directory: Path) -> Any:
+def drafted(directory: Path, algorithm: str = "eagle") -> Any:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
-    return mcore_spec.convert(model, [("eagle", {})])
+    return mcore_spec.convert(model, [(algorithm, {})])
 
 
 def see(model: nn.Module) -> None:
@@ -92,6 +92,48 @@ def test_weights_that_are_rounded_once_give_the_same(recipe: str, directory: Pat
         pass
 
 
+def test_scales_stay_what_they_are_in_a_shorter_dtype(directory: Path, tmp_path: Path) -> None:
+    model = mcore_spec.quantize(drafted(directory), "fp8", see)
+    quantization = quantization_of(model)
+    assert quantization is not None
+    before = {name: scale.clone() for name, scale in quantization.state_dict().items()}
+    model.to(torch.bfloat16)
+    assert model.model.norm.weight.dtype is torch.bfloat16
+    after = quantization.state_dict()
+    assert after.keys() == before.keys()
+    assert all(scale.dtype is torch.float32 and torch.equal(after[name], scale) for name, scale in before.items())
+    mcore_spec.export_speculative_decoding(model, export_dir=tmp_path / "draft")
+    read = quantized_engine.read(tmp_path / "draft")
+    assert torch.equal(
+        read.scales["midlayer.mlp.up_proj.weight_scale"].reshape(1),
+        before["linears.eagle_module/layers/0/mlp/up_proj.weight.scale_0"],
+    )
+
+
+def test_scales_that_were_learned_go_on_when_it_is_said(directory: Path) -> None:
+    before = mcore_spec.quantize(drafted(directory), "int8_per_channel")
+    learn_scales(before)
+    record = quantization_of(before)
+    assert record is not None and record.record.has_learned_scales
+    model = drafted(directory)
+    quantization = install(model, record.record)
+    learned = list(quantization.parameters())
+    assert learned and not any(parameter.requires_grad for parameter in learned)
+    learn_scales(model)
+    assert all(parameter.requires_grad for parameter in learned)
+
+
+def test_a_printed_model_says_what_is_quantised_and_how(directory: Path) -> None:
+    model = drafted(directory)
+    recipe = find_recipe("fp8_per_channel").model_copy(update={"exclude": ("model.layers.0.*",)})
+    mcore_spec.quantize(model, recipe)
+    lines = [line.strip() for line in repr(quantization_of(model)).splitlines()]
+    assert "fp8_per_channel, include=['*'], exclude=['model.layers.0.*']" in lines
+    scheme = "weight e4m3 per channel; activation e4m3 per token, dynamic"
+    assert f"(model/layers/1/mlp/up_proj): {scheme}" in lines and f"(eagle_module/fc): {scheme}" in lines
+    assert not any("layers/0/mlp" in line and "model/" in line and "eagle" not in line for line in lines)
+
+
 def test_a_draft_learns_on_it(directory: Path) -> None:
     model = drafted(directory)
     mcore_spec.quantize(model, "fp8", see)
@@ -117,6 +159,17 @@ def test_refusals(directory: Path, tmp_path: Path) -> None:
         mcore_spec.quantize(model, "int8_per_channel", see)
     with pytest.raises(mcore_spec.ConfigError, match="was never computed"):
         mcore_spec.quantize(model, "fp8", lambda _model: None)
+    once = iter([TOKENS])
+    with pytest.raises(mcore_spec.ConfigError, match="and 0 when the conversations ran a second time"):
+        mcore_spec.quantize(
+            model, "fp8", lambda live: [live(input_ids=each, labels=each) for each in once], calibration="percentile"
+        )
+    with pytest.raises(mcore_spec.ConfigError, match=r"medusa_heads.* is zero everywhere.*--quant-exclude"):
+        mcore_spec.quantize(drafted(directory, "medusa"), "int8_per_channel")
+    offloaded = drafted(directory)
+    offloaded.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(mcore_spec.UnsupportedError, match=r"layers.1.mlp.up_proj is offloaded"):
+        mcore_spec.quantize(offloaded, "int8_per_channel")
     recipe = find_recipe("fp8").model_copy(update={"kv_cache": KV_CACHE_FP8})
     with pytest.raises(mcore_spec.UnsupportedError, match="quantised by its engine alone"):
         mcore_spec.quantize(model, recipe, see)
