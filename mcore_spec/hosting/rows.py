@@ -87,9 +87,8 @@ def read_rows(
 
     Raises:
         ConfigError: tokens that the model does not have, more of them than it has positions, padding without a mask, a
-            mask with holes or of other numbers than 0 and 1, positions that
-            neither go on nor restart, labels that
-            are not the tokens, or nothing but padding.
+            mask with holes or of other numbers than 0 and 1, positions that neither go on nor restart, labels that are
+            not the tokens, or nothing but padding.
     """
     token_ids, labels = (tensor.cpu().numpy().astype(np.int64) for tensor in (batch.input_ids, batch.labels))
     mask = None if batch.attention_mask is None else _read_mask(batch.attention_mask)
