@@ -55,13 +55,12 @@ class Served(NamedTuple):
     seconds: float
 
 
-def method_of(draft: Path) -> str:
-    """vLLM's name for the kind of draft in a directory.
+def method_of(config: dict[str, Any], *, draft: Path) -> str:
+    """vLLM's name for the kind of draft that a directory's config.json describes.
 
     Raises:
         ConfigError: none that vLLM serves.
     """
-    config = read_json(draft / "config.json", "--draft")
     architecture = (config.get("architectures") or [None])[0]
     if architecture not in METHODS:
         raise ConfigError(f"--draft {draft}: vLLM serves no {architecture}; known: {', '.join(METHODS)}")
@@ -91,15 +90,19 @@ def check_fits(draft: dict[str, Any], base: dict[str, Any], *, steps: int) -> No
         raise ConfigError(f"--steps {steps}: the draft has {num_heads} heads, one for each token; lower it")
 
 
-def serve(given: argparse.Namespace, prompts: list[Prompt]) -> Served:
+def serve(given: argparse.Namespace, method: str, prompts: list[Prompt]) -> Served:
     """Ask the engine all prompts, turn by turn.
+
+    Args:
+        given: the command line.
+        method: vLLM's name for the kind of draft.
+        prompts: to ask.
 
     Raises:
         ConfigError: a prompt that the engine refuses.
     """
     from vllm import LLM, SamplingParams
 
-    method = method_of(given.draft)
     speculative = {"method": method, "num_speculative_tokens": given.steps}
     if method != "mtp":  # whose layer is part of the base's own directory
         speculative["model"] = str(given.draft)
@@ -220,8 +223,9 @@ def run(given: argparse.Namespace) -> int:
         McoreSpecError: input that cannot be used.
     """
     base = read_json(given.base / "config.json", "--base")
-    method_of(given.draft)
-    check_fits(read_json(given.draft / "config.json", "--draft"), base, steps=given.steps)
+    draft = read_json(given.draft / "config.json", "--draft")
+    method = method_of(draft, draft=given.draft)
+    check_fits(draft, base, steps=given.steps)
     prompts = list(islice(read_prompts(given.prompts_path), given.num_prompts))
     validated = None
     if given.validated is not None:
@@ -229,7 +233,7 @@ def run(given: argparse.Namespace) -> int:
         check_validated(validated, prompts, given)
     if not has_vllm():
         raise ConfigError(HOW)
-    served = serve(given, prompts)
+    served = serve(given, method, prompts)
     figures = report(served)
     agrees = validated is None or compare(figures, validated)
     print(json.dumps(figures, indent=2))

@@ -1,22 +1,10 @@
-"""What a base has: positions and layers that commands are asked for. Imports no megatron-core."""
+"""Layers of a base that commands are asked for. Imports no megatron-core."""
 
 from __future__ import annotations
 
 from mcore_spec.config import BaseArchitecture, EagleArchitectureConfig
 from mcore_spec.drafts.resolve import resolve_aux_layers
 from mcore_spec.errors import ConfigError
-
-
-def check_seq_length(seq_length: int, base: BaseArchitecture) -> None:
-    """Refuse samples that the base has no positions for.
-
-    Raises:
-        ConfigError: names both.
-    """
-    if seq_length > base.max_position_embeddings:
-        raise ConfigError(
-            f"--seq-length {seq_length} is above the base's {base.max_position_embeddings} positions; lower it"
-        )
 
 
 def choose_layers(given: tuple[int, ...] | None, base: BaseArchitecture) -> tuple[int, ...]:

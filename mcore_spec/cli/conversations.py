@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from mcore_spec.checkpoint.store import Checkpoint
-from mcore_spec.cli.base_limits import check_seq_length
 from mcore_spec.cli.terminal import say
 from mcore_spec.config import BaseArchitecture, DataConfig
 from mcore_spec.data.chat import check_same_vocabulary, load_tokenizer
@@ -27,7 +26,7 @@ def read_conversations(
     Raises:
         ConfigError: what `build_token_store` refuses, or samples longer than the base's positions.
     """
-    check_seq_length(config.seq_length, base)
+    base.check_seq_length(config.seq_length)
     store = build_token_store(
         config.data_path,
         tokenizer,

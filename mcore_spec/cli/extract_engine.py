@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from mcore_spec.cli.arguments import DTYPE_NAMES
-from mcore_spec.cli.base_limits import check_seq_length, choose_layers
+from mcore_spec.cli.base_limits import choose_layers
 from mcore_spec.cli.engine_arguments import ExtractEngineArguments
 from mcore_spec.cli.terminal import say
 from mcore_spec.data.chat import ChatEncoder, load_tokenizer
@@ -32,7 +32,7 @@ def run(arguments: ExtractEngineArguments) -> None:
     base = find_base(arguments.pretrained_model_path)
     output = Path(arguments.output_dir)
     tokenizer = load_tokenizer(base.directory)
-    check_seq_length(arguments.seq_length, base.architecture)
+    base.architecture.check_seq_length(arguments.seq_length)
     conversations = build_token_store(
         arguments.data_path,
         tokenizer,

@@ -11,7 +11,6 @@ from mcore_spec.bases.megatron_build import BaseGPTModel, check_layout
 from mcore_spec.checkpoint.record import CheckpointRecord
 from mcore_spec.checkpoint.store import TRACKER, Checkpoint, check_save_directory, find_checkpoint, load_checkpoint
 from mcore_spec.cli.arguments import flag_of
-from mcore_spec.cli.base_limits import check_seq_length
 from mcore_spec.cli.convert import layout_of
 from mcore_spec.cli.dry_run import Rehearsal, build_stages, say_weights
 from mcore_spec.cli.plan import describe_run, machine_of
@@ -172,7 +171,7 @@ def _rehearse(arguments: FinetuneArguments, layout: Layout) -> None:
     check_linear_start(check_trainable(checkpoint.record), num_batches=arguments.fit_start)
     base, conversion = checkpoint.record.base, checkpoint.record.conversion
     check_layout(base, layout)
-    check_seq_length(arguments.seq_length, checkpoint.record.base)
+    checkpoint.record.base.check_seq_length(arguments.seq_length)
     for path in arguments.data_path:
         open_source(path)
     assert conversion is not None, "a trainable checkpoint has a draft"

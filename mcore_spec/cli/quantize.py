@@ -12,7 +12,6 @@ from mcore_spec.checkpoint.store import (
     load_checkpoint,
     save_checkpoint,
 )
-from mcore_spec.cli.base_limits import check_seq_length
 from mcore_spec.cli.convert import layout_of
 from mcore_spec.cli.quantization_arguments import QuantizeArguments
 from mcore_spec.cli.terminal import say
@@ -71,7 +70,7 @@ def _find(arguments: QuantizeArguments) -> Checkpoint:
 
 def _calibration_loop(arguments: QuantizeArguments, checkpoint: Checkpoint) -> CalibrationLoop:
     base = checkpoint.record.base
-    check_seq_length(arguments.seq_length, base)
+    base.check_seq_length(arguments.seq_length)
     store = build_token_store(
         arguments.calib_data,
         checkpoint.choose_tokenizer(arguments.tokenizer_model),

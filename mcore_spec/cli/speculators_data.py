@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mcore_spec.cli.base_limits import check_seq_length, choose_layers
+from mcore_spec.cli.base_limits import choose_layers
 from mcore_spec.cli.extract_engine import SCRATCH, load_engine
 from mcore_spec.cli.speculators_arguments import DataGenerationArguments
 from mcore_spec.cli.terminal import say
@@ -81,7 +81,7 @@ def run(arguments: DataGenerationArguments) -> None:
 def _plan(arguments: DataGenerationArguments, base: BaseDirectory) -> ExtractionPlan:
     output = Path(arguments.output_dir)
     given = DATASETS.get(arguments.train_data_path)
-    check_seq_length(arguments.seq_length, base.architecture)
+    base.architecture.check_seq_length(arguments.seq_length)
     tokenizer = load_tokenizer(base.directory)
     store = build_token_store(
         [given or arguments.train_data_path],

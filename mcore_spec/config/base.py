@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from mcore_spec.config.strict import StrictConfig
+from mcore_spec.errors import ConfigError
 
 Family = Literal["llama", "mistral", "phi3", "qwen2", "qwen3", "megatron"]
 DtypeName = Literal["bfloat16", "float16", "float32", "float64"]
@@ -106,6 +107,21 @@ class BaseArchitecture(StrictConfig):
         if self.windowed_layers and len(self.windowed_layers) != self.num_layers:
             raise ValueError(f"windowed_layers has {len(self.windowed_layers)} entries for {self.num_layers} layers")
         return self
+
+    def check_seq_length(self, seq_length: int, *, option: str = "--seq-length") -> None:
+        """Refuse samples that there are no positions for.
+
+        Args:
+            seq_length: tokens of a sample.
+            option: what the user calls it.
+
+        Raises:
+            ConfigError: names both.
+        """
+        if seq_length > self.max_position_embeddings:
+            raise ConfigError(
+                f"{option} {seq_length} is above the base's {self.max_position_embeddings} positions; lower it"
+            )
 
 
 class BaseIdentity(StrictConfig):

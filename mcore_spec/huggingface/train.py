@@ -63,7 +63,8 @@ def run(arguments: DraftArguments, training: TrainingArguments, *, say: Callable
     model = load_model(directory, dtype=_dtype(arguments))
     model.config.name_or_path = arguments.model_name_or_path
     if arguments.data_path:
-        _check_length(arguments, model)
+        architecture = TransformersBase(model).architecture
+        architecture.check_seq_length(arguments.training_seq_len, option="--training_seq_len")
     vocab_size = model.config.vocab_size
     learned = conversion_of(model)
     if learned is not None:
@@ -105,19 +106,25 @@ def run(arguments: DraftArguments, training: TrainingArguments, *, say: Callable
         _go_on_from(checkpoint, model, data)
         say(f"goes on from {checkpoint}")
     vars(model.config)[CONFIG_KEY][DATA] = data.fingerprint
-    done = 0 if checkpoint is None else _num_steps(checkpoint)
-    if checkpoint is not None and 0 < training.max_steps <= done:
+    if not _train(trainer, checkpoint, output):
+        assert checkpoint is not None, "from nothing there is something left"
+        say(f"all {_num_steps(checkpoint)} steps were done before; raise --num_train_epochs or --max_steps to go on")
+
+
+def _train(trainer: DraftTrainer, checkpoint: Path | None, output: Path) -> bool:
+    """Train what is left and write the model; whether anything was left."""
+    training, done = trainer.args, None if checkpoint is None else _num_steps(checkpoint)
+    if checkpoint is not None and done is not None and 0 < training.max_steps <= done:
         # Trainer would train one step more.
         best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
         if trainer.is_world_process_zero():
             _write_trained(Path(best) if training.load_best_model_at_end and best else checkpoint, output)
             shutil.copy2(checkpoint / TRAINER_STATE_NAME, output)
-    else:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        trainer.save_state()
-        trainer.save_model(str(output))
-    if checkpoint is not None and trainer.state.global_step in (0, done):
-        say(f"all {done} steps were done before; raise --num_train_epochs or --max_steps to go on")
+        return False
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_state()
+    trainer.save_model(str(output))
+    return trainer.state.global_step != done
 
 
 def _check_arguments(arguments: DraftArguments, training: TrainingArguments) -> None:
@@ -137,19 +144,6 @@ def _check_arguments(arguments: DraftArguments, training: TrainingArguments) -> 
         raise ConfigError(
             f"--num_train_epochs = {training.num_train_epochs}: nothing would be learned; give more than 0, or "
             "--max_steps"
-        )
-
-
-def _check_length(arguments: DraftArguments, model: PreTrainedModel) -> None:
-    """Refuse conversations that the base has no positions for.
-
-    Raises:
-        ConfigError: names both.
-    """
-    positions = TransformersBase(model).architecture.max_position_embeddings
-    if arguments.training_seq_len > positions:
-        raise ConfigError(
-            f"--training_seq_len {arguments.training_seq_len} is above the base's {positions} positions; lower it"
         )
 
 

@@ -62,7 +62,7 @@ def test_two_percent(engines: float, agrees: bool) -> None:
 def served_by(monkeypatch: pytest.MonkeyPatch, counters: dict[str, Any]) -> None:
     """An engine that counts these."""
     monkeypatch.setattr(serve_check, "has_vllm", lambda: True)
-    monkeypatch.setattr(serve_check, "serve", lambda given, prompts: Served(dict(counters), [[1, 2]] * 3, 1.0))
+    monkeypatch.setattr(serve_check, "serve", lambda given, method, prompts: Served(dict(counters), [[1, 2]] * 3, 1.0))
 
 
 def test_the_exit_code_says_whether_they_agree(
@@ -92,7 +92,7 @@ def test_refusals(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     served_by(monkeypatch, COUNTERS)
-    monkeypatch.setattr(serve_check, "serve", lambda given, prompts: pytest.fail("served"))
+    monkeypatch.setattr(serve_check, "serve", lambda given, method, prompts: pytest.fail("served"))
     assert "has steps = 3, here it is 2" in refused([*words, "--steps", "2"], capsys)
     assert "has osl = 128, here it is 64" in refused([*words, "--osl", "64"], capsys)
     assert "has num_answers = 3, here it is 2" in refused([*words, "--num-prompts", "1"], capsys)
